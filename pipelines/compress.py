@@ -1,0 +1,33 @@
+"""Make a variant from a parent: artifacts/<plan>/variants/<name>.
+
+python pipelines/compress.py plan=default name=int4 parent=variants/baseline compression=rtn compression.bits=4
+"""
+
+from hasten.config import stage
+from hasten.stages import Compress
+
+
+@stage(Compress)
+def main(config: Compress) -> None:
+    from hasten.artifacts import digest, load_checkpoint
+    from hasten.compression.make import calibrated, make_variant
+    from hasten.tracking import track
+
+    parent, method, tokens = (
+        load_checkpoint(config.folder / config.parent),
+        config.compression,
+        config.folder / "tokens",
+    )
+    inputs = {"parent": parent.hash} | ({"tokens": digest(tokens)} if method.needs != "nothing" else {})
+    tags = {"variant": config.name, "method": method.name, "parent": config.parent}
+    record = config.record("compress", config.name)
+    with track("compress", config, item=config.name, inputs=inputs, tags=tags, record=record) as run:
+        calibration = calibrated(method, tokens, config.calibration, config.seed)
+        target = config.folder / "variants" / config.name
+        variant, cost = make_variant(method, parent, calibration, name=config.name, target=target, seed=config.seed)
+        run.tags({"lineage": variant.lineage})
+        run.metrics({"artifact_bytes": variant.weight_bytes, **cost})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""Describe this machine and every engine's libraries: artifacts/machine/<engine>.json.
+
+    python pipelines/probe.py
+
+Always run by DVC, and cheap: an engine's file changes only when the machine or a library that decides its speed does.
+"""
+
+from pathlib import Path
+
+from hasten.artifacts import SCHEMA, replacing, write_json
+from hasten.config import discover, stage
+from hasten.hardware import libraries, machine
+from hasten.stages import Probe
+
+
+@stage(Probe)
+def main(config: Probe) -> None:
+    with replacing(Path("artifacts/machine")) as folder:
+        for name, engine in discover("engine").items():
+            versions = libraries(engine.libraries)
+            write_json(folder / f"{name}.json", {"schema": SCHEMA, **machine(), "libraries": versions})
+
+
+if __name__ == "__main__":
+    main()

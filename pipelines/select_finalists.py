@@ -1,0 +1,37 @@
+"""Choose the reference and the finalists on the validation split: artifacts/<plan>/finalists.json.
+
+python pipelines/select_finalists.py plan=default
+"""
+
+from hasten.config import stage
+from hasten.stages import Select, load_all_predictions, load_measurements, load_plan
+
+
+@stage(Select)
+def main(config: Select) -> None:
+    from hasten.artifacts import digest, write_json
+    from hasten.evaluation.selection import select
+    from hasten.tracking import track
+
+    plan = load_plan()
+    inputs = {name: digest(config.folder / name) for name in ("measurements", "predictions")}
+    with track("select", config, inputs=inputs, record=config.record("select")) as run:
+        chosen = select(
+            load_measurements(plan),
+            load_all_predictions(plan),
+            plan=config.plan,
+            scenarios=plan["scenario"].split(","),
+            margin_points=config.margin_points,
+            language_margin_points=config.language_margin_points,
+            finalists=config.finalists,
+            seed=config.seed,
+        )
+        path = config.folder / "finalists.json"
+        write_json(path, chosen)
+        run.artifact(path)
+        for name, entry in chosen["scenarios"].items():
+            run.tags({f"{name}.reference": entry["reference"], f"{name}.finalists": ", ".join(entry["finalists"])})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Print the verdict of the plan in force, and where the report and the MLflow UI are.
+
+python pipelines/show.py
+"""
+
+from pathlib import Path
+
+from hasten.config import fail
+from hasten.stages import load_measurements, load_plan
+
+
+def main() -> None:
+    from rich.console import Console
+
+    from hasten.artifacts import read_json
+    from hasten.errors import UserError
+    from hasten.reporting.study import TITLES
+    from hasten.reporting.table import summary
+
+    console = Console(highlight=False)
+    try:
+        plan = load_plan()
+        folder = Path("reports", plan["plan"])
+        console.print(summary(load_measurements(plan), read_json(folder / "verdict.json"), titles=TITLES))
+    except UserError as error:
+        fail("show", str(error))
+    console.print(f"report:  {folder}/report.html\nMLflow:  make ui, then http://127.0.0.1:5000")
+
+
+if __name__ == "__main__":
+    main()

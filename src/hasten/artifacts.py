@@ -1,0 +1,189 @@
+"""The nouns on disk: tokens, checkpoints, variants, measurements.
+
+Every artifact is a directory (or a JSON file) that describes itself: `manifest.json` holds the
+schema version, the kind and whatever a reader needs, so nobody sniffs file names. Artifacts are
+written to a temporary sibling and renamed, so a half-written one is never seen, and their bytes
+hold no times, host names or run ids: the same work gives the same bytes, which is what lets DVC
+skip it.
+
+Checkpoints are Hugging Face directories (`config.json`, `model.safetensors`, `tokenizer.json`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+SCHEMA = 1
+Json = dict[str, Any]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` to write a file or directory into.
+
+    On success it is renamed onto `path` (replacing what was there), on any error it is removed and
+    `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Json:
+    """The object in a JSON file. Raises `UserError` if it is missing, malformed or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write `value` atomically, readable by people, stable under diff. NaN is refused (`ValueError`)."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def digest(path: Path) -> str:
+    """sha256 (hex) of a file's bytes, or of a directory's relative names and bytes."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist")
+    total = hashlib.sha256()
+    for file_path in sorted(p for p in path.rglob("*") if p.is_file()):
+        total.update(f"{file_path.relative_to(path).as_posix()}\0{digest(file_path)}\n".encode())
+    return total.hexdigest()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A directory with a `manifest.json`."""
+
+    path: Path
+
+    @cached_property
+    def manifest(self) -> Json:
+        """What the artifact says about itself. Raises `UserError` if it is missing or of another schema."""
+        manifest = read_json(self.path / "manifest.json")
+        if manifest.get("schema") != SCHEMA:
+            raise UserError(f"{self.path}/manifest.json has schema {manifest.get('schema')!r}, expected {SCHEMA}")
+        return manifest
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the whole artifact."""
+        return digest(self.path)
+
+
+class Tokens(Artifact):
+    """Tokenised corpora, memory-mapped: documents one after another, each starting at an offset.
+
+    Per split (`train`, `validation`): `<split>.bin` (token ids, dtype in the manifest),
+    `<split>.offsets.npy` (documents + 1, int64) and `<split>.languages.npy` (documents, uint8, an
+    index into `manifest["languages"]`).
+    """
+
+    def ids(self, split: str) -> np.ndarray:
+        """All token ids of a split, (tokens,), read-only memory map."""
+        import numpy as np
+
+        path = self.path / f"{split}.bin"
+        dtype = np.dtype(self.manifest["dtype"])
+        return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+    def offsets(self, split: str) -> np.ndarray:
+        """Where each document starts, (documents + 1,); the last entry is the number of tokens."""
+        import numpy as np
+
+        offsets: np.ndarray = np.load(self.path / f"{split}.offsets.npy", mmap_mode="r")
+        return offsets
+
+    def languages(self, split: str) -> np.ndarray:
+        """Each document's language, (documents,), as an index into `manifest["languages"]`."""
+        import numpy as np
+
+        languages: np.ndarray = np.load(self.path / f"{split}.languages.npy", mmap_mode="r")
+        return languages
+
+
+class Checkpoint(Artifact):
+    """A model as a Hugging Face directory."""
+
+    @cached_property
+    def config(self) -> Json:
+        """`config.json`."""
+        return read_json(self.path / "config.json")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of `model.safetensors`, on the CPU. Raises `UserError` if the file is missing or corrupt."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self.path / "model.safetensors"
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; a checkpoint holds config.json and model.safetensors")
+        try:
+            tensors: dict[str, torch.Tensor] = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+        return tensors
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files on disk."""
+        return sum(p.stat().st_size for p in self.path.glob("*.safetensors"))
+
+
+class Variant(Checkpoint):
+    """A checkpoint that one compression method made from a parent.
+
+    Its manifest adds `name`, `method`, `options`, `lineage` (names from the first ancestor to itself),
+    `parent` (hash) and `grid` (bits, group_size, symmetric of its integers; null if float).
+    """
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def lineage(self) -> list[str]:
+        return list(self.manifest["lineage"])
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, as a `Variant` if its manifest says so. Raises `UserError` if there is none."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a checkpoint: it has no config.json")
+    checkpoint = Checkpoint(path)
+    return Variant(path) if checkpoint.manifest.get("kind") == "variant" else checkpoint

@@ -1,0 +1,1 @@
+"""Parent to variant: one file per compression method."""

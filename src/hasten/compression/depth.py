@@ -1,0 +1,87 @@
+"""Depth pruning: drop the blocks that change the residual stream least.
+
+A block's influence is one minus the cosine between its input and its output, averaged over the
+calibration text's tokens (Men et al. 2024, ShortGPT, arXiv:2403.03853). Every dropped block removes
+its weight bytes, its KV cache and its latency on any engine: the one kind of pruning that needs no
+special kernel.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from hasten.artifacts import Checkpoint
+from hasten.compression.base import Calibration, Compressed, Compressor
+from hasten.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hasten.model.decoder import Decoder
+
+
+@dataclass
+class Depth(Compressor):
+    """drop: how many blocks to remove."""
+
+    drop: int = 1
+
+    needs: ClassVar[str] = "calibration"
+
+    def __post_init__(self) -> None:
+        if self.drop < 1:
+            raise UserError(f"compression.drop must be at least 1, got {self.drop}")
+
+    def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
+        """Remove the least influential blocks. Raises `UserError` if that leaves none, or on a quantised parent."""
+        from hasten.model.grid import quantised_names
+        from hasten.model.huggingface import load_decoder
+
+        if calibration is None:
+            raise UserError("depth needs calibration text, got none")
+        tensors = parent.tensors()
+        if quantised_names(tensors):
+            raise UserError(f"depth needs a float parent, got {parent.path} which is quantised; prune first")
+        layers = int(parent.config["num_hidden_layers"])
+        if self.drop >= layers:
+            raise UserError(f"compression.drop must be below the parent's {layers} layers, got {self.drop}")
+        scores = block_influence(load_decoder(parent), calibration.ids)
+        dropped = sorted(sorted(range(layers), key=lambda layer: (scores[layer], layer))[: self.drop])
+        kept = [layer for layer in range(layers) if layer not in dropped]
+        renumber = {old: new for new, old in enumerate(kept)}
+        result: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            match = re.match(r"(model\.layers\.)(\d+)(\..*)", name)
+            if match is None:
+                result[name] = value
+            elif int(match[2]) in renumber:
+                result[f"{match[1]}{renumber[int(match[2])]}{match[3]}"] = value
+        config = {**parent.config, "num_hidden_layers": len(kept)}
+        notes = {"dropped": dropped, "influence": [round(score, 6) for score in scores]}
+        return Compressed(config, result, None, notes)
+
+
+def block_influence(model: Decoder, ids: Tensor, batch_size: int = 8) -> list[float]:
+    """1 - mean cosine(input, output) of every block over calibration ids (sequences, length)."""
+    import torch
+    import torch.nn.functional as F
+
+    totals = torch.zeros(model.config.layers, dtype=torch.float64)
+
+    def watch(layer: int) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            totals[layer] += (1 - F.cosine_similarity(args[0].double(), output.double(), dim=-1)).sum()
+
+        return model.model.layers[layer].register_forward_hook(hook)
+
+    handles = [watch(layer) for layer in range(model.config.layers)]
+    try:
+        with torch.inference_mode():
+            for batch in ids.split(batch_size):
+                model.model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [float(total) / ids.numel() for total in totals]

@@ -1,0 +1,196 @@
+"""From YAML to components: Hydra composes, dataclasses validate, `src/` never sees a DictConfig.
+
+A component *is* its structured config: one dataclass holds the options (its fields are the YAML's
+schema), checks them in `__post_init__` and does the work. Components are found by discovery: every
+dataclass named after its module (`rtn.py` -> `Rtn`) in an axis package becomes the schema node
+`base_rtn` of that axis' config group, which `conf/compression/rtn.yaml` lists first in its defaults.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+from hasten.errors import EXIT_CODE, UserError
+
+Root = TypeVar("Root")
+
+AXES = ("corpus", "task", "tokenizer", "tuning", "compression", "engine", "scenario")
+
+# Everything that phones home by default, switched off in one place, before anything is imported.
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "OV_TELEMETRY_DISABLED": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def discover(axis: str) -> dict[str, type]:
+    """Components of an axis by name: dataclasses called like their module in CamelCase."""
+    package = importlib.import_module(f"hasten.{axis}")
+    found: dict[str, type] = {}
+    for module_info in pkgutil.iter_modules(package.__path__):
+        if module_info.name == "base":
+            continue
+        module = importlib.import_module(f"hasten.{axis}.{module_info.name}")
+        component = getattr(module, camel_case(module_info.name), None)
+        if isinstance(component, type) and hasattr(component, "__dataclass_fields__"):
+            found[module_info.name] = component
+    return found
+
+
+def camel_case(name: str) -> str:
+    """`question_type` -> `QuestionType`."""
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def register(stage: str, root: type, axes: tuple[str, ...] = AXES) -> None:
+    """Store the schema of a stage and of every component in Hydra's ConfigStore."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(name=f"base_{stage}", node=root)
+    for axis in axes:
+        for name, component in discover(axis).items():
+            store.store(group=axis, name=f"base_{name}", node=component)
+    # Sizes (tiny, small, ...) are many YAMLs of one class, so this axis has one schema.
+    shape = importlib.import_module("hasten.model.config").ModelConfig
+    store.store(group="model", name="base_decoder", node=shape)
+
+
+def stage(root: type[Root]) -> Callable[[Callable[[Root], Any]], Callable[[], None]]:
+    """Decorate an entry point: compose `conf/<stage>.yaml` with the command line, hand over a `root`.
+
+    Whatever the user can mend ends as one sentence on stderr and exit code 2; SIGTERM as 143.
+    """
+    name = root.__name__.lower()
+
+    def decorate(function: Callable[[Root], Any]) -> Callable[[], None]:
+        def entry() -> None:
+            die_with_parent()
+            os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of Hydra's printer
+            signal.signal(signal.SIGTERM, _terminate)
+            import hydra
+            from hydra.core.hydra_config import HydraConfig
+            from hydra.types import RunMode
+            from omegaconf import DictConfig
+
+            def run(composed: DictConfig) -> Any:
+                try:
+                    return function(build(root, composed))
+                except UserError as error:
+                    if HydraConfig.get().mode is RunMode.MULTIRUN:
+                        raise  # the launcher notes the failed job and goes on with the others
+                    fail(name, str(error))
+
+            try:
+                register(name, root)
+                hydra.main(version_base="1.3", config_path=str(Path("conf").absolute()), config_name=name)(run)()
+            except Exception as error:
+                sentence = user_sentence(error)
+                if sentence is None:
+                    raise
+                fail(name, sentence)
+
+        return entry
+
+    return decorate
+
+
+def compose(root: type[Root], overrides: list[str]) -> Root:
+    """Another stage's config, composed within a running one."""
+    import hydra
+
+    name = root.__name__.lower()
+    register(name, root)
+    return build(root, hydra.compose(config_name=name, overrides=overrides))
+
+
+def build(root: type[Root], composed: Any) -> Root:
+    """The stage's dataclass from what Hydra composed. Raises `UserError` for what is missing or unknown."""
+    from omegaconf import OmegaConf
+
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise UserError(f"not set: {', '.join(missing)}")
+    value = OmegaConf.to_object(composed)
+    assert isinstance(value, root)
+    unknown = sorted(unknown_keys(composed, value))
+    if unknown:
+        raise UserError(f"unknown option: {', '.join(unknown)}")
+    return value
+
+
+def unknown_keys(composed: Any, value: Any, prefix: str = "") -> list[str]:
+    """Keys that `+key=value` smuggled past a dataclass."""
+    from omegaconf import DictConfig
+
+    if not isinstance(composed, DictConfig):
+        return []
+    found: list[str] = []
+    for key in composed:
+        child = value.get(key) if isinstance(value, dict) else getattr(value, str(key), None)
+        known = isinstance(value, dict) or key in getattr(value, "__dataclass_fields__", {})
+        found += unknown_keys(composed._get_node(key), child, f"{prefix}{key}.") if known else [f"{prefix}{key}"]
+    return found
+
+
+def fail(stage_name: str, sentence: str) -> NoReturn:
+    """One sentence on stderr, exit code 2."""
+    sys.stderr.write(f"{stage_name}: {sentence}\n")
+    sys.exit(EXIT_CODE)
+
+
+def die_with_parent() -> None:
+    """End this process when the one that started it is killed, so that no orphan writes beside its successor.
+
+    Linux only (PR_SET_PDEATHSIG, prctl(2)); elsewhere an orphan is held off by the stage's lock.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died while we asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)  # never 0: DVC would take a half-done stage as done
+
+
+def user_sentence(error: BaseException) -> str | None:
+    """The one sentence for an error the user can mend, None for a bug."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    links = [link for link in (error, error.__cause__ or error.__context__) if link is not None]
+    for link in links:
+        if isinstance(link, UserError):
+            return str(link)
+    if not isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
+        return None
+    # Both libraries append search paths, types and advice; what went wrong comes first.
+    ends = ("\nConfig search path", "\n    full_key", "\nSee https", "\n    object_type")
+    parts = []
+    for link in links:
+        message = str(link)
+        for end in ends:
+            message = message.split(end)[0]
+        if message and "$" not in message:
+            parts.append(" ".join(message.split()))
+    return ": ".join(dict.fromkeys(parts)) or type(error).__name__

@@ -1,0 +1,1 @@
+"""Text to pre-train on: one file per source."""

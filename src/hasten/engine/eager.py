@@ -1,0 +1,122 @@
+"""The reference engine: our own decoder in plain PyTorch, with a KV cache.
+
+It is what every other engine's answers are compared with, and the honest float baseline: no
+compiler, no graph, one Python call per operation, so at batch 1 a small model's decode is bound by
+that overhead rather than by memory. A quantised variant is dequantised to `weight_dtype` when it is
+loaded: right for comparing answers, labelled as such, and never a candidate for speed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from hasten.artifacts import Variant
+from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token
+from hasten.errors import UserError
+
+if TYPE_CHECKING:
+    from hasten.model.decoder import Decoder
+
+
+@dataclass
+class Eager(Engine):
+    """activation_dtype auto follows weight_dtype, kv_cache_dtype auto follows the activations."""
+
+    libraries: ClassVar[tuple[str, ...]] = ("torch",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.devices) != 1 or not self.devices[0].startswith(("cpu", "cuda")):
+            raise UserError(f"engine.devices must be one of [cpu], [cuda:0], got {self.devices}")
+        if self.activation_dtype not in (Dtype.auto, self.weights):
+            raise UserError(
+                f"engine.activation_dtype must be auto or {self.weights.name} (the weights' own) for eager, "
+                f"got {self.activation_dtype.name}"
+            )
+
+    @property
+    def weights(self) -> Dtype:
+        """The weights' type with `auto` resolved."""
+        return Dtype.float32 if self.weight_dtype is Dtype.auto else self.weight_dtype
+
+    @property
+    def kv_cache(self) -> Dtype:
+        """The KV cache's type with `auto` resolved."""
+        return self.weights if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
+
+    def supports(self, variant: Variant) -> Support:
+        kind = variant.config.get("model_type")
+        if kind != "llama":
+            return Support(reason=f"eager runs model_type llama, the variant is {kind!r}")
+        if variant.manifest.get("grid"):
+            return Support(native_format=f"{self.weights.name} (dequantised)", native=False)
+        return Support(native_format=self.weights.name)
+
+    def load(self, variant: Variant, cache: Path) -> EagerSession:
+        import torch
+
+        from hasten.model.huggingface import load_decoder
+
+        if self.devices[0] != "cpu" and not torch.cuda.is_available():
+            raise UserError(f"engine.devices asks for {self.devices[0]}, this machine has no CUDA device")
+        torch.set_num_threads(self.thread_count)
+        start = time.perf_counter()
+        model = load_decoder(variant, getattr(torch, self.weights.name)).eval().to(self.devices[0])
+        session = EagerSession(self, model, str(self.supports(variant).native_format))
+        session.load_seconds = time.perf_counter() - start
+        return session
+
+
+class EagerSession(Session):
+    """One request at a time; the cache is allocated once and overwritten by the next request."""
+
+    def __init__(self, engine: Eager, model: Decoder, kernel: str) -> None:
+        import torch
+
+        from hasten.model.cost import Cost
+        from hasten.model.decoder import Cache
+
+        self.model = model
+        self.kernel = kernel
+        size = getattr(torch, engine.weights.name).itemsize
+        self.weight_bytes_per_token = Cost(model.config).parameters_per_token * size
+        self.context = engine.max_context
+        kv_dtype = getattr(torch, engine.kv_cache.name)
+        self.cache = Cache(model.config, 1, self.context, kv_dtype, engine.devices[0])
+
+    def submit(self, request: Request) -> Iterator[Token]:
+        if len(request.prompt) + request.max_tokens > self.context:
+            raise UserError(
+                f"request {request.id}: prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) "
+                f"must fit max_context ({self.context})"
+            )
+        return self._tokens(request)
+
+    def _tokens(self, request: Request) -> Iterator[Token]:
+        import torch
+
+        sent = time.perf_counter()
+        self.cache.length = 0
+        device = self.cache.keys.device
+        ids = torch.tensor([request.prompt], device=device)  # (1, T)
+        for _ in range(request.max_tokens):
+            with torch.inference_mode():
+                logits = self.model(ids, self.cache)[0, -1]  # (vocabulary,)
+                ids = logits.argmax().view(1, 1)
+                token, finite = int(ids), bool(torch.isfinite(logits[ids.view(())]))
+            if not finite:
+                raise RuntimeError(f"request {request.id}: the logits are not finite")
+            yield Token(request.id, token, time.perf_counter() - sent)
+            if token in request.stop:
+                return
+
+    def memory(self) -> dict[str, int | None]:
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return {"weights": weights, "kv_cache": self.cache.bytes}
+
+    def close(self) -> None:
+        del self.model, self.cache

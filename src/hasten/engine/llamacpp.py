@@ -1,0 +1,312 @@
+"""llama.cpp, in this process, through the prebuilt `xllamacpp` wheel.
+
+At batch 1 decoding a token reads every weight once, so fewer bytes per weight is more speed, if the
+kernel multiplies the integers as they lie in memory. llama.cpp's Q8_0 and Q4_0 do, and they are
+exactly our 8-bit and 4-bit grids: a variant's own integers are packed (`hasten.engine.gguf`), once, into
+`<cache>/llamacpp/<variant hash>-<weight_dtype>-<format>/model.gguf`. The integers meet activations
+that llama.cpp rounds to 8 bits on the fly; float matrices meet activations of their own type.
+
+What is measured is the wheel's C++ server with nothing between it and us but a callback per token:
+greedy, no prompt cache (a prefill is always a real prefill), no warm-up behind our back, weights read
+into memory at load. The tokenizer stays out of it: the cached file names token 17 `17`, so each
+streamed piece says which id was generated (real pieces would not: the server holds back a token that
+ends inside a UTF-8 character) and no token ends a text unless the request says so.
+
+The wheel always opens an HTTP port. It is bound to loopback, on a free port, behind a random key.
+
+    python pipelines/evaluate.py engine=llamacpp engine.weight_dtype=float16
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hasten.artifacts import Json, Variant, read_json, replacing, write_json
+from hasten.engine import gguf
+from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token
+from hasten.errors import UserError
+
+if TYPE_CHECKING:
+    import xllamacpp
+
+HAND_OVER_SECONDS = 0.01
+"""How long tokens may wait for their reader. Waking it for each one would take a core from the engine: measured
+on 2 cores, 2 threads, that alone slowed a 7M-parameter model's decode by 7 to 10%. Times are taken on arrival."""
+CONTEXT_MULTIPLE = 256  # llama.cpp allocates the KV cache in steps of this many tokens
+LARGEST_MICRO_BATCH = 2048
+INSTRUCTIONS = ("AMX_INT8", "AVX512", "AVX2", "AVX", "SVE", "NEON")
+
+
+class FlashAttention(Enum):
+    """Whether attention runs as one fused kernel."""
+
+    auto = "auto"
+    enabled = "enabled"
+    disabled = "disabled"
+
+
+@dataclass
+class Llamacpp(Engine):
+    """weight_dtype auto and kv_cache_dtype auto are float16. activation_dtype follows the weights' format.
+
+    flash_attention: fused attention; with a float32 KV cache `disabled` is faster (1.0 against 1.8 ms
+    per token on a 7M-parameter model). micro_batch: prompt tokens computed at a time. slots: requests
+    that run at the same time, each with a context of max_context.
+    """
+
+    flash_attention: FlashAttention = FlashAttention.auto
+    micro_batch: int = 512
+    slots: int = 1
+
+    libraries: ClassVar[tuple[str, ...]] = ("xllamacpp",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.devices != ["cpu"]:
+            raise UserError(f"engine.devices must be [cpu] for llamacpp, got {self.devices}")
+        if not 1 <= self.micro_batch <= LARGEST_MICRO_BATCH:
+            raise UserError(f"engine.micro_batch must be 1 to {LARGEST_MICRO_BATCH}, got {self.micro_batch}")
+        if not 1 <= self.slots <= 256:
+            raise UserError(f"engine.slots must be 1 to 256, got {self.slots}")
+
+    @property
+    def weights(self) -> Dtype:
+        """The type of float weights with `auto` resolved."""
+        return Dtype.float16 if self.weight_dtype is Dtype.auto else self.weight_dtype
+
+    @property
+    def kv_cache(self) -> Dtype:
+        """The KV cache's type with `auto` resolved."""
+        return Dtype.float16 if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
+
+    def supports(self, variant: Variant) -> Support:
+        missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
+        if missing:
+            return Support(reason=f'{missing[0]} is not installed: pip install "hasten[cpu-engines]"')
+        if reason := gguf.unsupported(variant):
+            return Support(reason=reason)
+        kind = gguf.format_name(variant, self.weights)
+        if self.activation_dtype not in (Dtype.auto, *(d for d, name in gguf.FLOATS.items() if name == kind)):
+            theirs = self.weights.name if kind == gguf.FLOATS[self.weights] else "int8"
+            return Support(reason=f"llama.cpp multiplies {kind} weights with {theirs} activations: activation_dtype "
+                           f"must be auto, got {self.activation_dtype.name}")  # fmt: skip
+        return Support(native_format=kind)
+
+    def build(self, variant: Variant, cache: Path) -> Path:
+        """The folder that holds `variant` as `model.gguf` and its facts; written once, then found again."""
+        folder = cache / "llamacpp" / f"{variant.hash}-{self.weights.name}-{gguf.FORMAT}"
+        if not folder.is_dir():
+            from filelock import FileLock
+
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
+                if not folder.is_dir():
+                    with replacing(folder) as temporary:
+                        temporary.mkdir()
+                        facts = gguf.write(variant, self.weights, temporary / "model.gguf", text=False)
+                        write_json(temporary / "manifest.json", facts)
+        return folder
+
+    def load(self, variant: Variant, cache: Path) -> LlamacppSession:
+        support = self.supports(variant)
+        if not support:
+            raise UserError(f"llamacpp cannot run {variant.path.name}: {support.reason}")
+        start = time.perf_counter()
+        folder = self.build(variant, cache)
+        build_seconds = time.perf_counter() - start
+        session = LlamacppSession(self, folder)
+        session.compile_seconds = build_seconds
+        return session
+
+    def describe(self) -> Json:
+        own = {"flash_attention": self.flash_attention.name, "micro_batch": self.micro_batch, "slots": self.slots}
+        resolved = {"weight_dtype": self.weights.name, "kv_cache_dtype": self.kv_cache.name}
+        return {**super().describe(), **resolved, **own}
+
+
+class LlamacppSession(Session):
+    """A running server. `submit` may be called from several threads; `slots` requests run at a time."""
+
+    def __init__(self, engine: Llamacpp, folder: Path) -> None:
+        """Load `folder`/model.gguf. Raises `UserError` if llama.cpp refuses it."""
+        import xllamacpp
+
+        self.facts = read_json(folder / "manifest.json")
+        self.context = min(engine.max_context, int(self.facts["context"]))
+        self.library = {"system": str(xllamacpp.get_system_info()).strip(), **xllamacpp.BUILD_INFO}
+        best = next((name for name in INSTRUCTIONS if f"{name} = 1" in self.library["system"]), "scalar")
+        self.kernel = f"{self.facts['format']} ({best})"
+        self.weight_bytes_per_token = int(self.facts["weight_bytes_per_token"])
+        cells = engine.slots * -(-self.context // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
+        kv_bytes = 4 if engine.kv_cache is Dtype.float32 else 2
+        self._kv_cache_bytes = int(self.facts["kv_values_per_token"]) * kv_bytes * cells
+        parameters = _parameters(engine, folder / "model.gguf", cells)
+        start = time.perf_counter()
+        try:
+            self._server: Any = xllamacpp.Server(parameters)
+        except RuntimeError as error:
+            raise UserError(
+                f"llama.cpp cannot load {folder}/model.gguf, delete the folder to rebuild it: {error}"
+            ) from None
+        self.load_seconds = time.perf_counter() - start
+        self._workers = ThreadPoolExecutor(engine.slots, thread_name_prefix="llamacpp")
+        self._flights: set[Flight] = set()
+
+    def submit(self, request: Request) -> Stream:
+        """Send `request`; tokens arrive on the stream that is returned.
+
+        Raises `UserError` for ids outside the vocabulary and for more tokens than the context holds.
+        """
+        if self._server is None:
+            raise RuntimeError("the session is closed")
+        if len(request.prompt) + request.max_tokens > self.context:
+            raise UserError(
+                f"request {request.id}: prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) "
+                f"must fit max_context ({self.context})"
+            )
+        size = int(self.facts["vocab_size"])
+        if outside := [id_ for id_ in request.prompt if not 0 <= id_ < size]:
+            raise UserError(f"request {request.id}: token ids must be 0 to {size - 1}, got {outside[0]}")
+        flight = Flight(request)
+        self._flights.add(flight)
+        self._workers.submit(self._run, flight, _body(request))
+        return Stream(flight)
+
+    def _run(self, flight: Flight, body: bytes) -> None:
+        try:
+            if not flight.cancelled:
+                self._server.handle_completions(body, flight.receive)
+        except Exception as error:  # whatever the wheel raises goes to the reader, who is on another thread
+            flight.error = f"llama.cpp failed: {error}"
+        finally:
+            self._flights.discard(flight)
+            flight.finished.set()
+
+    def memory(self) -> dict[str, int | None]:
+        return {"weights": int(self.facts["weight_bytes"]), "kv_cache": self._kv_cache_bytes}
+
+    def close(self) -> None:
+        for flight in list(self._flights):
+            flight.cancelled = True
+        self._workers.shutdown(wait=True)
+        self._server = None  # the last reference: its destructor stops the server and frees the model
+
+
+@dataclass(eq=False)
+class Flight:
+    """A request under way: what the worker's thread writes and the stream reads."""
+
+    request: Request
+    sent: float = field(default_factory=time.perf_counter)
+    tokens: deque[Token] = field(default_factory=deque)
+    finished: threading.Event = field(default_factory=threading.Event)
+    cancelled: bool = False
+    error: str | None = None
+    count: int = 0
+
+    def receive(self, chunk: bytes) -> bool:
+        """The server's callback, on the worker's thread. True ends the request."""
+        seconds = time.perf_counter() - self.sent
+        answer = json.loads(chunk)
+        if "choices" not in answer:
+            self.error = f"llama.cpp refused request {self.request.id}: {answer.get('error', answer)}"
+            return True
+        choice = answer["choices"][0]
+        for id_ in map(int, choice["text"].split()):
+            self.count += 1
+            self.tokens.append(Token(self.request.id, id_, seconds))
+            self.cancelled = self.cancelled or id_ in self.request.stop
+        if choice["finish_reason"] and self.count < self.request.max_tokens and not self.cancelled:
+            missing = f"after {self.count} of {self.request.max_tokens} tokens"
+            self.error = f"llama.cpp ended request {self.request.id} {missing}"
+        return self.cancelled
+
+
+class Stream(Iterator[Token]):
+    """The tokens of one request. `close` cancels it; so does dropping the stream."""
+
+    def __init__(self, flight: Flight) -> None:
+        self._flight = flight
+
+    def __next__(self) -> Token:
+        flight = self._flight
+        while not flight.tokens:
+            if flight.finished.wait(HAND_OVER_SECONDS) and not flight.tokens:
+                if flight.error is not None:
+                    raise RuntimeError(flight.error)
+                raise StopIteration
+        return flight.tokens.popleft()
+
+    def close(self) -> None:
+        """Cancel the request and wait until the engine has let go of it."""
+        self._flight.cancelled = True
+        self._flight.finished.wait()
+        self._flight.tokens.clear()
+
+    def __del__(self) -> None:
+        self._flight.cancelled = True
+
+
+def _body(request: Request) -> bytes:
+    """The request as the server reads it: one greedy sampler, nothing cached."""
+    return json.dumps(
+        {
+            "prompt": list(request.prompt),
+            "max_tokens": request.max_tokens,
+            "temperature": 0.0,
+            "top_k": 1,
+            "samplers": ["top_k"],
+            "cache_prompt": False,
+            "stream": True,
+        }
+    ).encode()
+
+
+def _parameters(engine: Llamacpp, path: Path, cells: int) -> xllamacpp.CommonParams:
+    import xllamacpp
+
+    p = xllamacpp.CommonParams()
+    p.model.path = str(path)
+    p.model_alias = {"hasten"}
+    p.n_ctx = cells
+    p.n_parallel = engine.slots
+    p.n_batch = LARGEST_MICRO_BATCH
+    p.n_ubatch = engine.micro_batch
+    p.cpuparams.n_threads = engine.thread_count
+    p.cpuparams_batch.n_threads = engine.thread_count
+    kinds = xllamacpp.ggml_type
+    types = {
+        Dtype.float32: kinds.GGML_TYPE_F32,
+        Dtype.float16: kinds.GGML_TYPE_F16,
+        Dtype.bfloat16: kinds.GGML_TYPE_BF16,
+    }
+    p.cache_type_k = p.cache_type_v = types[engine.kv_cache]
+    p.flash_attn_type = getattr(
+        xllamacpp.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{engine.flash_attention.name.upper()}"
+    )
+    p.load_mode = (
+        xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
+    )  # read, do not map: no page faults in the first request
+    p.warmup = False
+    p.fit_params = False
+    p.cache_prompt = False
+    p.cache_ram_mib = 0
+    p.verbosity = 0
+    p.hostnames = ["127.0.0.1"]
+    p.port = 0
+    p.api_keys = [secrets.token_urlsafe(32)]
+    p.n_threads_http = 1
+    p.ui = False
+    p.endpoint_slots = False
+    return p

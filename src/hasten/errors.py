@@ -1,0 +1,17 @@
+"""The one exception that reaches a user as a sentence instead of a traceback.
+
+Raise `UserError` for everything the user can mend (a bad option, a missing file, a corrupt
+checkpoint): name the field, the value given and what is accepted. Everything else is a bug and
+keeps its traceback. Entry points print the sentence and exit with `EXIT_CODE`.
+"""
+
+EXIT_CODE = 2
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message says what, and what would be accepted."""
+
+
+def one_of(field: str, value: object, accepted: object) -> UserError:
+    """`UserError` in the house style: ``bits must be one of [4, 8], got 5``."""
+    return UserError(f"{field} must be one of {accepted}, got {value!r}")

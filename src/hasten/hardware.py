@@ -1,0 +1,77 @@
+"""What machine this is: identity only, no measured figures (noise would re-run everything).
+
+`python pipelines/probe.py` writes one file per engine, `artifacts/machine/<engine>.json`, with the
+machine and the versions of the libraries that decide that engine's speed. A trial depends on its
+engine's file, so a new library or machine re-runs exactly the trials it concerns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def cpu_count() -> int:
+    """Cores this process may use: its affinity, and its container's quota where there is one."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    limit, _, period = quota.read_text().partition(" ") if quota.exists() else ("max", "", "")
+    return allowed if limit == "max" else max(1, min(allowed, math.ceil(int(limit) / int(period))))
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cpu_flags() -> list[str]:
+    """The vector extensions that decide which kernels run."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    wanted = ("avx", "fma", "f16c", "amx")
+    return sorted(flag for flag in flags if flag.startswith(wanted))
+
+
+def gpu_names() -> list[str]:
+    """CUDA devices by name, found without importing torch (empty where there are none)."""
+    root = Path("/proc/driver/nvidia/gpus")
+    files = sorted(root.glob("*/information")) if root.exists() else []
+    lines = [line for file in files for line in file.read_text().splitlines() if line.startswith("Model:")]
+    return [line.split(":", 1)[1].strip() for line in lines]
+
+
+def machine() -> dict[str, Any]:
+    """Identity of this machine; `id` is a short hash of the rest."""
+    facts: dict[str, Any] = {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cpu": cpu_name(),
+        "cpu_flags": cpu_flags(),
+        "cores": cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "gpu": gpu_names(),
+    }
+    return {"id": hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12], **facts}
+
+
+def libraries(names: tuple[str, ...]) -> dict[str, str | None]:
+    """Installed versions, null for what is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions

@@ -1,0 +1,135 @@
+"""Checkpoints in and out: our decoder as a Hugging Face directory.
+
+What is written opens in transformers (`AutoModelForCausalLM.from_pretrained`), vLLM and llama.cpp's
+converter: `config.json` (model_type llama), `generation_config.json`, `model.safetensors`, the
+tokenizer's files. What is read is refused with the reason where it is not a Llama of this family.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hasten.artifacts import SCHEMA, Checkpoint, Json, write_json
+from hasten.errors import UserError
+from hasten.model.config import ModelConfig
+from hasten.model.decoder import Decoder
+from hasten.model.grid import Grid, floats
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def to_huggingface(config: ModelConfig, *, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Json:
+    """`config.json` of a Llama with this shape."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.feed_forward_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context,
+        "rope_theta": config.rope_theta,
+        "rms_norm_eps": config.norm_epsilon,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tied_head,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": pad_id,
+        "use_cache": True,
+        "dtype": "float32",
+    }
+
+
+def from_huggingface(config: Json) -> ModelConfig:
+    """Our shape of a `config.json`. Raises `UserError` for what this decoder does not compute."""
+    if config.get("model_type") != "llama":
+        raise UserError(f"config.json: model_type must be llama, got {config.get('model_type')!r}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json: rope_type must be default, got {kind!r}")
+    for field, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        if config.get(field, wanted) != wanted:
+            raise UserError(f"config.json: {field} must be {wanted!r}, got {config[field]!r}")
+    try:
+        return ModelConfig(
+            layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            heads=config["num_attention_heads"],
+            kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+            head_size=config.get("head_dim") or 0,
+            feed_forward_size=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            context=config["max_position_embeddings"],
+            rope_theta=config.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+            norm_epsilon=config["rms_norm_eps"],
+            tied_head=config.get("tie_word_embeddings", False),
+            initializer_range=config.get("initializer_range", 0.02),
+        )
+    except KeyError as error:
+        raise UserError(f"config.json lacks {error.args[0]}") from None
+
+
+def grid_of(checkpoint: Checkpoint) -> Grid | None:
+    """The grid a checkpoint's manifest declares, or None for float weights."""
+    grid = checkpoint.manifest.get("grid")
+    return Grid(**grid) if grid else None
+
+
+def load_decoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The decoder of a checkpoint, integers dequantised. Raises `UserError` if tensors and config disagree."""
+    config = from_huggingface(checkpoint.config)
+    tensors = floats(checkpoint.tensors(), grid_of(checkpoint))
+    with torch.device("meta"):
+        model = Decoder(config)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if config.tied_head:
+        tensors = {**tensors, "lm_head.weight": tensors.get("model.embed_tokens.weight", torch.empty(0))}
+    problems = sorted(name for name in expected.keys() ^ tensors.keys()) or sorted(
+        name for name, shape in expected.items() if tuple(tensors[name].shape) != shape
+    )
+    if problems:
+        shown = ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise UserError(f"{checkpoint.path}: tensors do not fit config.json: {shown}")
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{checkpoint.path}: tensor {name} holds NaN or infinite values")
+    model.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, assign=True)
+    if config.tied_head:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def decoder_tensors(model: Decoder) -> dict[str, Tensor]:
+    """The tensors to save, float32 on the CPU; a tied head is stored once."""
+    state = {name: value.detach().cpu().float().contiguous() for name, value in model.state_dict().items()}
+    if model.config.tied_head:
+        del state["lm_head.weight"]
+    return state
+
+
+def save_checkpoint(
+    folder: Path, config: Json, tensors: dict[str, Tensor], tokenizer: Path, manifest: dict[str, Any]
+) -> None:
+    """Write a Hugging Face directory into `folder` (the caller makes it atomic with `replacing`)."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", config)
+    ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(folder / "generation_config.json", {**ids, "do_sample": False})
+    save_file(dict(sorted(tensors.items())), folder / "model.safetensors", metadata={"format": "pt"})
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+    write_json(folder / "manifest.json", {"schema": SCHEMA, **manifest})

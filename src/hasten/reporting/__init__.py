@@ -1,0 +1,1 @@
+"""From measurements to a verdict: the frontier, the page, the table."""

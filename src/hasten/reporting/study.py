@@ -1,0 +1,87 @@
+"""A whole study: evidence, verdict, picture, page and metrics, from what lies on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hasten.artifacts import Json, read_json, write_json
+from hasten.evaluation.decision import confirmed
+from hasten.evaluation.quality import agreement
+from hasten.reporting import page, picture
+from hasten.reporting.metrics import metrics
+from hasten.reporting.verdict import verdict
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TITLES = {"qa": "real-time QA", "dialogue": "dialogue", "generation": "text generation"}
+Facts = dict[str, tuple[dict[str, str], dict[str, float | None]]]
+
+
+def write_reports(
+    artifacts: Path,
+    reports: Path,
+    measurements: Sequence[Json],
+    predictions: Mapping[str, pd.DataFrame],
+    plan: Mapping[str, Any],
+    seed: int,
+) -> tuple[Json, list[Path], Facts]:
+    """Write the reports; the verdict, the files, and per trial what the table of runs should say of it."""
+    import pandas as pd
+
+    finalists = read_json(artifacts / "finalists.json")
+    answers = pd.read_parquet(artifacts / "confirmation.parquet")
+    evidence = confirmed(read_json(artifacts / "confirmation.json"), answers, finalists, seed=seed)
+    result = verdict(measurements, finalists, evidence, titles=TITLES)
+    agreements = agreement_with_reference(measurements, predictions)
+    shown = [{**m, "agreement": agreements.get(m["trial"])} for m in measurements]
+    files = [reports / name for name in ("verdict.json", "frontier.png", "report.html", "metrics.json")]
+    write_json(files[0], result)
+    picture.draw(shown, result, files[1], titles=TITLES)
+    stages = stage_seconds(artifacts / "runs", plan.get("budget_seconds", {}))
+    page.write(shown, result, files[1], files[2], titles=TITLES, stages=stages)
+    write_json(files[3], metrics(shown, result))
+    return result, files, {m["trial"]: facts(m["trial"], result, agreements) for m in measurements}
+
+
+def agreement_with_reference(
+    measurements: Sequence[Json], predictions: Mapping[str, pd.DataFrame], engine: str = "eager"
+) -> dict[str, Json]:
+    """Per trial, the share of items answered exactly as by the same variant on the reference engine."""
+    references = {m["variant"]: m["trial"] for m in measurements if m["engine"] == engine and m["status"] == "ok"}
+    found: dict[str, Json] = {}
+    for measurement in measurements:
+        trial, reference = measurement["trial"], references.get(measurement["variant"])
+        if reference is not None and reference != trial and measurement["status"] == "ok":
+            own, theirs = (predictions[name].to_dict("records") for name in (trial, reference))
+            found[trial] = {"reference": reference, **agreement(own, theirs)}  # type: ignore[arg-type]
+    return found
+
+
+def stage_seconds(runs: Path, budgets: Mapping[str, float]) -> dict[str, Json]:
+    """What each stage took and what its plan allows, from the records of the runs."""
+    rows: dict[str, Json] = {}
+    for path in sorted(runs.glob("*.json")):
+        record = read_json(path)
+        seconds = record["metrics"].get("seconds")
+        rows[record["name"]] = {"seconds": seconds, "budget_seconds": budgets.get(record["stage"])}
+    return rows
+
+
+def facts(trial: str, result: Json, agreements: Mapping[str, Json]) -> tuple[dict[str, str], dict[str, float | None]]:
+    """A trial's fate in every scenario, and its agreement with the reference engine."""
+    tags: dict[str, str] = {}
+    figures: dict[str, float | None] = {}
+    for scenario, entry in result["scenarios"].items():
+        if trial in entry["rejected"]:
+            tags[f"{scenario}.decision"] = f"rejected: {entry['rejected'][trial]}"
+        elif trial == entry["champion"]:
+            tags[f"{scenario}.decision"] = f"champion ({entry['decision'] or 'the reference itself'})"
+            figures[f"{scenario}_speedup"] = (entry["speedup"] or {}).get("ratio")
+        elif trial == entry["reference"]:
+            tags[f"{scenario}.decision"] = "reference"
+    if trial in agreements:
+        figures["agreement_with_eager"] = agreements[trial]["share"]
+    return tags, figures

@@ -1,0 +1,85 @@
+"""What a scenario is: a way a model is used, turned into a load that is measured.
+
+A scenario is given a loaded engine and a source of prompts, sends requests in its own pattern
+(one after another, at random arrivals, all at once) and hands back one sample per request. It also
+says which figures of those samples it is judged by; the confidence intervals are added above
+(`hasten.evaluation.latency`), the same way for all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from hasten.engine.base import Session
+from hasten.errors import UserError
+from hasten.scenario.prompts import PromptSource
+from hasten.scenario.timing import Sample
+
+Report = Callable[[int, int], None]
+"""Called with (requests done, requests in all) while a scenario runs."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a scenario: a percentile (0 to 100) of one value per request."""
+
+    values: tuple[float, ...]
+    percentile: float = 50.0
+
+
+@dataclass
+class Scenario(ABC):
+    """Options every scenario has.
+
+    requests: how many are timed. warmup: how many run before them at the same shape, untimed.
+    minimum_requests: a result from fewer is a `preview`. attempts: how often, at most, a scenario is measured while
+    other processes disturb it; the least disturbed attempt counts.
+    """
+
+    requests: int = 40
+    warmup: int = 3
+    minimum_requests: int = 20
+    attempts: int = 3
+
+    headline: ClassVar[str]
+    """The value per request that variants are compared by; its median is the figure `<headline>_p50`."""
+    lower_is_better: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for field, least in (("requests", 1), ("warmup", 0), ("minimum_requests", 1), ("attempts", 1)):
+            if getattr(self, field) < least:
+                raise UserError(f"{field} must be at least {least}, got {getattr(self, field)}")
+
+    @property
+    def name(self) -> str:
+        """The scenario's one name: its file, its YAML, its tag."""
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    @property
+    def headline_figure(self) -> str:
+        """The figure variants are ranked by."""
+        return f"{self.headline}_p50"
+
+    @property
+    @abstractmethod
+    def context_tokens(self) -> int:
+        """Tokens of prompt and completion together that the longest request needs."""
+
+    @abstractmethod
+    def measure(self, session: Session, prompts: PromptSource, seed: int, report: Report) -> list[Sample]:
+        """Warm up, then run the timed requests. The seed decides the prompts."""
+
+    @abstractmethod
+    def figures(self, samples: Sequence[Sample]) -> dict[str, Figure]:
+        """What is reported, by name with its unit; `headline_figure` is one of them."""
+
+    def headline_values(self, samples: Sequence[Sample]) -> list[float]:
+        """The headline's value for every request."""
+        return list(self.figures(samples)[self.headline_figure].values)
+
+    def describe(self) -> dict[str, Any]:
+        """The options, for the record."""
+        return {"scenario": self.name, **vars(self)}

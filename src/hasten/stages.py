@@ -1,0 +1,259 @@
+"""The stages' configs: what each entry point in `pipelines/` can be told.
+
+Values live in `conf/<stage>.yaml`; selections (which model, which method) come from `params.yaml`
+through the commands in `dvc.yaml`. Paths follow from the plan's name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from hasten.artifacts import Json, read_json
+from hasten.compression.base import Compressor
+from hasten.compression.make import Calibrate
+from hasten.corpus.base import Source
+from hasten.engine.base import Engine
+from hasten.errors import UserError
+from hasten.evaluation.trial import Job
+from hasten.model.config import ModelConfig
+from hasten.scenario.base import Scenario
+from hasten.task.base import Task
+from hasten.tokenizer.base import TokenizerRecipe
+from hasten.training.options import Training
+from hasten.tuning.base import Tuning
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def check_name(field_name: str, value: str) -> None:
+    """Names become folders, DVC stage names and registered models."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value):
+        raise UserError(f"{field_name} must be letters, digits, '-' and '_', got {value!r}")
+
+
+@dataclass
+class Stage:
+    """What every stage has: the plan's name (a folder) and the seed of everything random."""
+
+    plan: str = MISSING
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_name("plan", self.plan)
+        if self.seed < 0:
+            raise UserError(f"seed must be 0 or more, got {self.seed}")
+
+    @property
+    def folder(self) -> Path:
+        """Where this plan's artifacts live."""
+        return Path("artifacts", self.plan)
+
+    @property
+    def reports(self) -> Path:
+        """Where this plan's reports live."""
+        return Path("reports", self.plan)
+
+    def record(self, stage: str, item: str = "") -> Path:
+        """Where the record of this stage's run goes."""
+        return self.folder / "runs" / (f"{stage}-{item}.json" if item else f"{stage}.json")
+
+    def scratch(self, stage: str, key: str) -> Path:
+        """Where a fit keeps its running checkpoint, named by the hash of everything that decides it."""
+        return Path(".work", "fits", f"{stage}-{key[:16]}")
+
+
+@dataclass
+class Probe(Stage):
+    """Which engines to describe: all of them, always."""
+
+
+@dataclass
+class Prepare(Stage):
+    """Corpora and tasks to tokens. workers: processes that tokenise, 0 means all cores."""
+
+    corpus: dict[str, Source] = field(default_factory=dict)
+    task: dict[str, Task] = field(default_factory=dict)
+    tokenizer: TokenizerRecipe = MISSING
+    validation_fraction: float = 0.01
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction must lie between 0 and 1, got {self.validation_fraction}")
+        if not self.corpus:
+            raise UserError("corpus must name at least one source, for example corpus=[chitchat]")
+        if not self.task:
+            raise UserError("task must name at least one task, for example task=[question_type]")
+
+
+@dataclass
+class Pretrain(Stage):
+    """Tokens to a base model."""
+
+    model: ModelConfig = MISSING
+    training: Training = field(default_factory=Training)
+
+
+@dataclass
+class Finetune(Stage):
+    """A base model and tasks to a tuned model.
+
+    prompt_loss_weight: how much predicting the prompt counts beside predicting the completion.
+    """
+
+    tuning: Tuning = MISSING
+    training: Training = field(default_factory=Training)
+    prompt_loss_weight: float = 0.0
+    max_tokens: int = 192
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.prompt_loss_weight <= 1:
+            raise UserError(f"prompt_loss_weight must lie between 0 and 1, got {self.prompt_loss_weight}")
+        if self.max_tokens < 8:
+            raise UserError(f"max_tokens must be at least 8, got {self.max_tokens}")
+
+
+@dataclass
+class Compress(Stage):
+    """A parent (a folder below the plan's artifacts) to a variant."""
+
+    name: str = MISSING
+    parent: str = MISSING
+    compression: Compressor = MISSING
+    calibration: Calibrate = field(default_factory=Calibrate)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name("name", self.name)
+        if self.parent.startswith(("/", "..")):
+            raise UserError(f"parent must be a folder of the plan, such as variants/baseline, got {self.parent!r}")
+
+
+@dataclass
+class Evaluate(Stage):
+    """A variant on an engine to a measurement. timeout_seconds: for the trial's process."""
+
+    name: str = MISSING
+    variant: str = MISSING
+    engine: Engine = MISSING
+    scenario: dict[str, Scenario] = field(default_factory=dict)
+    timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name("name", self.name)
+        check_name("variant", self.variant)
+        if self.timeout_seconds <= 0:
+            raise UserError(f"timeout_seconds must be above 0, got {self.timeout_seconds}")
+
+    def job(self, split: str) -> Job:
+        """What to measure, on one split of every task."""
+        return Job(
+            trial=self.name,
+            variant=self.folder / "variants" / self.variant,
+            engine=self.engine,
+            tasks=self.folder / "tasks",
+            tokens=self.folder / "tokens",
+            tokenizer=self.folder / "tokenizer",
+            cache=Path(".work", "engines"),
+            splits=(split,),
+            scenarios=self.scenario,
+            seed=self.seed,
+        )
+
+
+@dataclass
+class Select(Stage):
+    """Measurements to finalists.
+
+    Margins, in points of accuracy, are declared before anything is looked at. finalists: how many go
+    on to be confirmed, per scenario.
+    """
+
+    margin_points: float = 2.0
+    language_margin_points: float = 3.0
+    finalists: int = 2
+
+
+@dataclass
+class Confirm(Stage):
+    """Finalists against the reference.
+
+    blocks: fresh processes per trial and scenario, an even number. time_budget_seconds: no further
+    round starts after it. timeout_seconds: for one process.
+    """
+
+    scenario: dict[str, Scenario] = field(default_factory=dict)
+    blocks: int = 4
+    time_budget_seconds: float = 120.0
+    timeout_seconds: float = 600.0
+
+
+@dataclass
+class Report(Stage):
+    """Everything to a verdict."""
+
+
+@dataclass
+class Sweep(Stage):
+    """One job of a sweep: a method applied to `parent` (a folder of the plan's artifacts), on an engine."""
+
+    parent: str = MISSING
+    compression: Compressor = MISSING
+    calibration: Calibrate = field(default_factory=Calibrate)
+    engine: Engine = MISSING
+    scenario: dict[str, Scenario] = field(default_factory=dict)
+    timeout_seconds: float = 600.0
+
+    def variant_name(self, overrides: list[str]) -> str:
+        """What this job's variant is called: the method and the values it was given, such as `rtn-bits4`."""
+        given = [text.removeprefix("compression.") for text in sorted(overrides) if text.startswith("compression.")]
+        return "-".join([self.compression.name, *(re.sub(r"[^A-Za-z0-9]", "", text) for text in given)])
+
+
+def load_plan() -> dict[str, Any]:
+    """The plan in force, `params.yaml`. Raises `UserError` if it is missing or malformed."""
+    import yaml
+
+    path = Path("params.yaml")
+    if not path.is_file():
+        raise UserError("params.yaml does not exist; `make repro PLAN=default` puts a plan in place")
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"params.yaml is not readable YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(plan, dict) or not isinstance(plan.get("trials"), dict):
+        raise UserError("params.yaml must be a plan with variants and trials")
+    return plan
+
+
+def trial_config(plan: dict[str, Any], trial: str) -> Evaluate:
+    """A trial of the plan as `evaluate` would be called for it."""
+    from hasten.config import compose
+
+    item = plan["trials"][trial]
+    overrides = [f"plan={plan['plan']}", f"name={trial}", f"variant={item['variant']}", f"engine={item['engine']}"]
+    overrides += [f"scenario=[{plan['scenario']}]", *item["set"].split(), *plan["set"]["evaluate"].split()]
+    return compose(Evaluate, overrides)
+
+
+def load_measurements(plan: dict[str, Any]) -> list[Json]:
+    """The measurements of the plan's trials, and of no others that may lie in the folder."""
+    folder = Path("artifacts", plan["plan"], "measurements")
+    return [read_json(folder / f"{trial}.json") for trial in plan["trials"]]
+
+
+def load_all_predictions(plan: dict[str, Any]) -> dict[str, pd.DataFrame]:
+    """The predictions of the plan's trials, by trial."""
+    import pandas as pd
+
+    folder = Path("artifacts", plan["plan"], "predictions")
+    return {trial: pd.read_parquet(folder / f"{trial}.parquet") for trial in plan["trials"]}

@@ -1,0 +1,1 @@
+"""Questions with answers that can be scored: one file per task."""

@@ -1,0 +1,1 @@
+"""Text to token ids: train a tokenizer, or import one."""

@@ -1,0 +1,54 @@
+"""The champion as an MLflow model: text in, the greedy completion out, through the engine that won.
+
+Loaded by MLflow as code (`mlflow.pyfunc.load_model("models:/hasten-default-qa@champion")`), never from a
+pickle. Input: a data frame with a `prompt` column, a list of strings, or one string.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+MAX_TOKENS = 64
+
+
+class Champion(PythonModel):
+    """A variant on its engine."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        from hasten.artifacts import load_checkpoint
+        from hasten.config import camel_case
+        from hasten.engine.base import Dtype
+        from hasten.tokenizer.base import load_tokenizer
+
+        variant = load_checkpoint(Path(context.artifacts["variant"]))
+        options = json.loads(Path(context.artifacts["engine"]).read_text())
+        module = __import__(f"hasten.engine.{options['engine']}", fromlist=["engine"])
+        dtypes = {key: Dtype[value] for key, value in options.items() if key.endswith("_dtype")}
+        engine = getattr(module, camel_case(options["engine"]))(
+            **dtypes, max_context=options["max_context"], devices=options["devices"]
+        )
+        self.tokenizer = load_tokenizer(variant.path)
+        self.session = engine.load(variant, Path(".work", "engines"))
+        self.context = int(options["max_context"])
+
+    def predict(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
+        from hasten.engine.base import Request
+
+        prompts = model_input["prompt"] if hasattr(model_input, "columns") else model_input
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        longest = int((params or {}).get("max_tokens", MAX_TOKENS))
+        answers = []
+        for number, prompt in enumerate(prompts):
+            ids = self.tokenizer.prompt_ids(prompt)
+            room = max(1, min(longest, self.context - len(ids)))
+            request = Request(number, ids, room, frozenset([self.tokenizer.eos_id]))
+            answers.append(self.tokenizer.decode([token.id for token in self.session.submit(request)]))
+        return answers
+
+
+mlflow.models.set_model(Champion())

@@ -1,0 +1,1 @@
+"""One Lightning loop for pre-training and fine-tuning."""

@@ -1,0 +1,92 @@
+"""The Lightning module: weighted next-token loss, AdamW, warm-up and cosine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hasten.errors import UserError
+from hasten.model.decoder import Decoder
+from hasten.training.data import Batch
+from hasten.training.options import Training
+
+
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Cross-entropy in nats of each token given those before it, (B, T); 0 at position 0."""
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return F.pad(losses.view(ids.shape[0], -1), (1, 0))
+
+
+def weighted_loss(model: Decoder, batch: Batch) -> Tensor:
+    """Mean cross-entropy over tokens, weighted.
+
+    Logits are computed only where a token counts: for a small model the head is much of the work,
+    and fine-tuning on completions alone needs it at two or three positions of a sequence.
+    """
+    ids, weights = batch["ids"], batch["weights"][:, 1:]
+    counted = weights > 0  # (B, T - 1)
+    hidden = model.model(ids)[:, :-1][counted]  # (N, hidden)
+    losses = F.cross_entropy(model.lm_head(hidden).float(), ids[:, 1:][counted], reduction="none")
+    return (losses * weights[counted]).sum() / weights.sum()
+
+
+def learning_rate_factor(step: int, steps: int, options: Training) -> float:
+    """Linear warm-up, then a cosine down to the final fraction (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    warmup = max(1, round(options.warmup_fraction * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    low = options.final_learning_rate_fraction
+    return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class LanguageModel(lightning.LightningModule):
+    """A decoder in training for `steps` optimiser steps."""
+
+    def __init__(self, model: Decoder, options: Training, steps: int) -> None:
+        super().__init__()
+        self.model, self.options, self.steps = model, options, steps
+        self.tokens_seen = 0
+        self.gradient_norm = 0.0
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        loss = weighted_loss(self.model, batch)
+        if not torch.isfinite(loss):
+            rate = self.options.learning_rate
+            raise UserError(
+                f"the loss is {loss.item()} at step {self.global_step}; lower training.learning_rate (now {rate})"
+            )
+        self.tokens_seen += batch["ids"].numel()
+        self.log("train_loss", loss)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip here: Lightning's own clipping refuses fused optimisers under autocast."""
+        limit = self.options.gradient_clip or math.inf
+        self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.trainable(), limit))
+
+    def configure_optimizers(self) -> Any:
+        decay = [p for p in self.trainable() if p.dim() >= 2]
+        keep = [p for p in self.trainable() if p.dim() < 2]
+        optimiser = torch.optim.AdamW(
+            [
+                {"params": decay, "weight_decay": self.options.weight_decay},
+                {"params": keep, "weight_decay": 0.0},
+            ],
+            lr=self.options.learning_rate,
+            betas=(self.options.beta1, self.options.beta2),
+            fused=True,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimiser, lambda step: learning_rate_factor(step, self.steps, self.options)
+        )
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def trainable(self) -> Iterator[torch.nn.Parameter]:
+        return (p for p in self.model.parameters() if p.requires_grad)

@@ -1,0 +1,1 @@
+"""Which weights fine-tuning moves: one file per way."""

@@ -1,0 +1,100 @@
+"""Tiny random Llamas as checkpoints and variants, with a real byte-level tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hasten.artifacts import Variant, replacing, write_json
+from hasten.model.config import ModelConfig
+from hasten.model.grid import Grid, portable_scale, quantise, stored
+from hasten.model.huggingface import save_checkpoint, to_huggingface
+
+VOCABULARY = 320
+SPECIALS = ["<|bos|>", "<|eos|>", "<|pad|>"]
+TEXT = ["The quick brown fox jumps over the lazy dog 2026 times.", "今天天气很好，我们去公园散步吧。", "x" * 40] * 4
+
+
+def shape(**changes: Any) -> ModelConfig:
+    """2 layers, grouped-query attention (4 heads share 2 key/value heads), wide enough for groups of 64."""
+    fields = {"layers": 2, "hidden_size": 64, "heads": 4, "kv_heads": 2, "feed_forward_size": 128, "context": 256}
+    return ModelConfig(**{**fields, "vocab_size": VOCABULARY, **changes})
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 300 entries (the model has some rows more), digits split one by one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIALS, strict=True))
+    write_json(folder / "tokenizer_config.json", names)
+
+
+def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights large enough for the greedy continuation to wander instead of repeating one token."""
+    from hasten.model.decoder import Decoder
+
+    torch.manual_seed(seed)
+    state = {name: torch.randn(value.shape) * 0.2 for name, value in Decoder(config).state_dict().items()}
+    state.update({name: 1 + 0.1 * value for name, value in state.items() if "norm" in name})
+    if config.tied_head:
+        del state["lm_head.weight"]
+    return state
+
+
+def quantised(tensors: dict[str, torch.Tensor], grid: Grid) -> dict[str, torch.Tensor]:
+    """Every matrix but the embedding, rounded to nearest on `grid`."""
+    result = dict(tensors)
+    for name, weight in tensors.items():
+        if weight.dim() == 2 and "embed" not in name:
+            source = name.removesuffix(".weight")
+            groups = weight.view(weight.shape[0], grid.groups(weight.shape[1]), -1)
+            scale = portable_scale(groups.abs().amax(-1) / grid.highest)
+            del result[name]
+            result.update(stored(source, quantise(weight, scale, grid), scale, grid))
+    return result
+
+
+def variant(
+    folder: Path, config: ModelConfig, tensors: dict[str, torch.Tensor] | None = None, grid: Grid | None = None
+) -> Variant:
+    """Write a variant with these tensors (random ones if none are given) to `folder`."""
+    tensors = random_tensors(config) if tensors is None else tensors
+    manifest = {
+        "kind": "variant",
+        "name": folder.name,
+        "lineage": [folder.name],
+        "grid": grid.describe() if grid else None,
+    }
+    tokenizer = folder.parent / "tokenizer"
+    if not tokenizer.is_dir():
+        with replacing(tokenizer) as temporary:
+            temporary.mkdir()
+            write_tokenizer(temporary)
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
+    save_checkpoint(folder, to_huggingface(config, bos_id=0, eos_id=1, pad_id=2), tensors, tokenizer, manifest)
+    return Variant(folder)
+
+
+def rewrite(checkpoint: Variant, changes: dict[str, torch.Tensor | None]) -> Variant:
+    """The same checkpoint with some tensors replaced or (None) left out."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, torch.Tensor | None] = {**checkpoint.tensors(), **changes}
+    save_file(
+        {name: value for name, value in tensors.items() if value is not None}, checkpoint.path / "model.safetensors"
+    )
+    return Variant(checkpoint.path)
