@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,17 +40,20 @@ def replacing(path: Path) -> Iterator[Path]:
     `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
     try:
         yield temporary
-        if path.is_dir():
-            shutil.rmtree(path)
+        if not temporary.exists():
+            raise FileNotFoundError(f"nothing was written to replace {path}")
+        if path.is_dir() or (path.exists() and temporary.is_dir()):
+            path.replace(old)  # aside before it is deleted: a kill must not leave half of it in place
         temporary.replace(path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        for leftover in (temporary, old):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Json:
@@ -118,23 +121,30 @@ class Tokens(Artifact):
         """All token ids of a split, (tokens,), read-only memory map."""
         import numpy as np
 
-        path = self.path / f"{split}.bin"
         dtype = np.dtype(self.manifest["dtype"])
-        return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+        def read(path: Path) -> np.ndarray:
+            return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+        return self._read(f"{split}.bin", read)
 
     def offsets(self, split: str) -> np.ndarray:
         """Where each document starts, (documents + 1,); the last entry is the number of tokens."""
         import numpy as np
 
-        offsets: np.ndarray = np.load(self.path / f"{split}.offsets.npy", mmap_mode="r")
-        return offsets
+        return self._read(f"{split}.offsets.npy", lambda path: np.load(path, mmap_mode="r"))
 
     def languages(self, split: str) -> np.ndarray:
         """Each document's language, (documents,), as an index into `manifest["languages"]`."""
         import numpy as np
 
-        languages: np.ndarray = np.load(self.path / f"{split}.languages.npy", mmap_mode="r")
-        return languages
+        return self._read(f"{split}.languages.npy", lambda path: np.load(path, mmap_mode="r"))
+
+    def _read(self, name: str, read: Callable[[Path], np.ndarray]) -> np.ndarray:
+        try:
+            return read(self.path / name)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / name} is not a readable token file: {error}") from None
 
 
 class Checkpoint(Artifact):

@@ -154,11 +154,12 @@ def fail(stage_name: str, sentence: str) -> NoReturn:
 
 
 def die_with_parent() -> None:
-    """End this process when the one that started it is killed, so that no orphan writes beside its successor.
+    """Under DVC, end this process when `dvc` is killed, so that no orphan writes beside its successor.
 
-    Linux only (PR_SET_PDEATHSIG, prctl(2)); elsewhere an orphan is held off by the stage's lock.
+    Linux only (PR_SET_PDEATHSIG, prctl(2)); elsewhere an orphan is held off by the stage's lock. Called by hand, a
+    stage may outlive its shell (`nohup`).
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or "DVC_STAGE" not in os.environ:
         return
     import ctypes
 

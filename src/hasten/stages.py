@@ -133,7 +133,7 @@ class Compress(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_name("name", self.name)
-        if self.parent.startswith(("/", "..")):
+        if Path(self.parent).is_absolute() or ".." in Path(self.parent).parts:
             raise UserError(f"parent must be a folder of the plan, such as variants/baseline, got {self.parent!r}")
 
 

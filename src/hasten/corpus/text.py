@@ -21,6 +21,11 @@ def compact(text: str) -> str:
     return "".join(units(text))
 
 
+def valid(text: str) -> str:
+    """The text with lone surrogates, which JSON allows and UTF-8 does not, replaced by question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def uniform(key: str) -> float:
     """A number in [0, 1) that depends on nothing but `key`: decides splits and orders."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]) / 2**56

@@ -159,9 +159,23 @@ class LlamacppSession(Session):
             raise UserError(
                 f"llama.cpp cannot load {folder}/model.gguf, delete the folder to rebuild it: {error}"
             ) from None
+        self._first_token()
         self.load_seconds = time.perf_counter() - start
         self._workers = ThreadPoolExecutor(engine.slots, thread_name_prefix="llamacpp")
         self._flights: set[Flight] = set()
+
+    def _first_token(self) -> None:
+        """Ask for one token: a server that is stopped before its loop has begun never stops.
+
+        Raises `RuntimeError` if its probability is not a number; llama.cpp itself would go on with id 0.
+        """
+        chunks: list[bytes] = []
+        self._server.handle_completions(_body(Request(0, (0, 1), 1), logprobs=1), chunks.append)
+        answers = [json.loads(chunk) for chunk in chunks]
+        found = [choice["logprobs"] for answer in answers for choice in answer.get("choices", []) if choice["logprobs"]]
+        if not found or found[0]["content"][0]["logprob"] is None:
+            self._server = None
+            raise RuntimeError(f"the logits are not finite: llama.cpp answered {answers[:1]}")
 
     def submit(self, request: Request) -> Stream:
         """Send `request`; tokens arrive on the stream that is returned.
@@ -258,7 +272,7 @@ class Stream(Iterator[Token]):
         self._flight.cancelled = True
 
 
-def _body(request: Request) -> bytes:
+def _body(request: Request, **more: int) -> bytes:
     """The request as the server reads it: one greedy sampler, nothing cached."""
     return json.dumps(
         {
@@ -269,6 +283,7 @@ def _body(request: Request) -> bytes:
             "samplers": ["top_k"],
             "cache_prompt": False,
             "stream": True,
+            **more,
         }
     ).encode()
 

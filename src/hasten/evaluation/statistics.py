@@ -226,10 +226,12 @@ def non_inferiority_p(difference: Difference, margin_points: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for testing several variants at once (Holm 1979)."""
-    from statsmodels.stats.multitest import multipletests
-
-    return [float(p) for p in multipletests(p_values, method="holm")[1]] if p_values else []
+    """p-values adjusted for testing several variants at once (Holm 1979): the smallest times their number, the next
+    times one less, and so on, never falling."""
+    adjusted, floor = list(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        adjusted[index] = floor = max(floor, min(1.0, (len(p_values) - rank) * p_values[index]))
+    return adjusted
 
 
 def decide(difference: Difference, margin_points: float, p_value: float) -> Decision:

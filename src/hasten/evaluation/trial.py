@@ -128,7 +128,7 @@ def _process(job: Job, remaining: float, timeout_seconds: float, *, stop_after_b
     with tempfile.TemporaryDirectory(prefix="hasten-") as folder:
         path = Path(folder, "outcome.json")
         worker = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "hasten.evaluation.worker"],
+            [sys.executable, "-P", "-X", "faulthandler", "-m", "hasten.evaluation.worker"],
             stdin=subprocess.PIPE,
             stdout=2,  # an engine's chatter must not end up in this process' output
             env=_environment(job.engine.thread_count),

@@ -38,7 +38,7 @@ class ModelConfig:
                 raise UserError(f"model.{field} must be at least 1, got {getattr(self, field)}")
         if self.heads % self.kv_heads:
             raise UserError(f"model.kv_heads must divide model.heads ({self.heads}), got {self.kv_heads}")
-        if self.head_size == 0 and self.hidden_size % self.heads:
+        if self.hidden_size % self.heads:  # also with a head_size of its own: transformers opens no other Llama
             raise UserError(f"model.heads must divide model.hidden_size ({self.hidden_size}), got {self.heads}")
         if self.head_size < 0 or self.head_width % 2:
             raise UserError(f"model.head_size must be even (RoPE turns pairs), got {self.head_width}")

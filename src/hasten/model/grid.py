@@ -100,7 +100,8 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """The inverse of `pack`: int32 (out, words) -> int8 (out, columns)."""
     words = packed.to(torch.int64) & 0xFFFFFFFF
     fields: torch.Tensor = (words.unsqueeze(-1) >> (torch.arange(32 // bits) * bits)) & (2**bits - 1)
-    return (fields.flatten(1)[:, :columns] - 2 ** (bits - 1)).to(torch.int8)
+    shifted: torch.Tensor = fields.flatten(1)[:, :columns] - 2 ** (bits - 1)
+    return shifted.to(torch.int8)
 
 
 def stored(name: str, q: torch.Tensor, scale: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
@@ -118,9 +119,22 @@ def quantised_names(tensors: dict[str, torch.Tensor]) -> list[str]:
 
 
 def integers(tensors: dict[str, torch.Tensor], name: str, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
-    """A stored matrix's integers, int8 (out, in), and scales, float32 (out, groups)."""
-    _, columns = (int(n) for n in tensors[f"{name}.weight_shape"])
-    return unpack(tensors[f"{name}.weight_packed"], grid.bits, columns), tensors[f"{name}.weight_scale"].float()
+    """A stored matrix's integers, int8 (out, in), and scales, float32 (out, groups).
+
+    Raises `UserError` if a part is missing or the parts do not fit each other and the grid.
+    """
+    try:
+        packed, scale, shape = (tensors[f"{name}.weight_{part}"] for part in ("packed", "scale", "shape"))
+    except KeyError as error:
+        raise UserError(f"the checkpoint lacks {error.args[0]}") from None
+    out, columns = shape.tolist() if shape.numel() == 2 else (0, 0)
+    words = -(-columns * grid.bits // 32)
+    if tuple(packed.shape) != (out, words) or tuple(scale.shape) != (out, grid.groups(columns)):
+        raise UserError(
+            f"quantised matrix {name} does not fit its shape {shape.tolist()} and grid {grid.describe()}: "
+            f"packed {tuple(packed.shape)}, scales {tuple(scale.shape)}"
+        )
+    return unpack(packed, grid.bits, columns), scale.float()
 
 
 def floats(tensors: dict[str, torch.Tensor], grid: Grid | None) -> dict[str, torch.Tensor]:

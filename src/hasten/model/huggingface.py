@@ -80,6 +80,8 @@ def from_huggingface(config: Json) -> ModelConfig:
         )
     except KeyError as error:
         raise UserError(f"config.json lacks {error.args[0]}") from None
+    except TypeError as error:
+        raise UserError(f"config.json holds a value of the wrong type: {error}") from None
 
 
 def grid_of(checkpoint: Checkpoint) -> Grid | None:

@@ -34,7 +34,7 @@ STYLE = {
 
 
 def draw(measurements: Sequence[Json], verdict: Json, path: Path, *, titles: Mapping[str, str] | None = None) -> None:
-    """Write the picture, one panel per scenario, atomically. The same inputs give the same bytes."""
+    """Write the picture, one panel per scenario from top to bottom, atomically. The same inputs give the same bytes."""
     import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -43,12 +43,12 @@ def draw(measurements: Sequence[Json], verdict: Json, path: Path, *, titles: Map
     engines = sorted({measurement["engine"] for measurement in measurements})
     looks = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(engines)}
     with matplotlib.style.context(["default", STYLE]):
-        figure = Figure(figsize=(9.0 * max(len(scenarios), 1), 6.2), dpi=160, layout="constrained")
+        figure = Figure(figsize=(9.0, 0.6 + 5.6 * max(len(scenarios), 1)), dpi=160, layout="constrained")
         FigureCanvasAgg(figure)
         figure.suptitle(heading(verdict), fontsize=12.5, fontweight="bold")
         figure.supxlabel(NOTE, fontsize=8.5, color="#555555")
         for index, (name, entry) in enumerate(scenarios.items(), start=1):
-            axes = figure.add_subplot(1, len(scenarios), index)
+            axes = figure.add_subplot(len(scenarios), 1, index)
             axes.set_title((titles or {}).get(name, name), fontsize=11, pad=10)
             panel(axes, points(measurements, name), entry, verdict["margin_points"], looks)
         with replacing(path) as temporary:
@@ -182,4 +182,7 @@ def _legend(
     ]
     handles.append(Line2D([], [], color=FAINT, linewidth=1.6, label="frontier"))
     handles.append(Patch(color="#009E73", alpha=0.15, label=f"margin: {margin_points:g} points"))
-    axes.legend(handles=handles, loc="lower left", frameon=True, framealpha=0.9, edgecolor="#DDDDDD", fontsize=9.5)
+    # Below the axes: inside, it would hide somebody's error bar.
+    axes.legend(
+        handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=len(handles), frameon=False, fontsize=9.5
+    )

@@ -4,11 +4,12 @@ The champion is the fastest finalist that the confirmation shows to be both clea
 and non-inferior to it; if there is none, the reference stays. What was not chosen is listed with its reason,
 because "why not int4?" is the first thing a reader asks.
 
-    python pipelines/report.py
+    python pipelines/report.py plan=default
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from hasten.artifacts import SCHEMA, Json
@@ -71,7 +72,7 @@ def _scenario(selected: Json, proof: Json, margins: Json) -> Json:
         return entry
     state = trials.get(reference, {"status": "failed", "error": "it was not confirmed"})
     if state["status"] != "ok":
-        return entry | {"why": f"the reference {reference} could not be confirmed: {state['error']}"}
+        return entry | {"champion": None, "why": f"the reference {reference} could not be confirmed: {state['error']}"}
     entry["speedup"] = {"ratio": 1.0, "ci95": None, "n": 0, "why": ITSELF}
     entry["accuracy_difference"] = {
         **dict.fromkeys(("ci95", "p", "p_holm", "mcnemar_p")),
@@ -86,8 +87,7 @@ def _scenario(selected: Json, proof: Json, margins: Json) -> Json:
     for trial in ranked:
         if trial != champion:
             rejected[trial] = reasons[trial] or f"non-inferior as well, but slower than {champion}"
-    # The finalist that the decision is about: the champion, or the fastest one that was not good enough.
-    contender = champion or next((trial for trial in ranked if (trials.get(trial) or {}).get("decision")), None)
+    contender = champion or _closest(ranked, trials)
     if contender:
         keys = ("decision", "needs_items", "decisive_language")
         entry |= {"contender": contender, **{key: trials[contender][key] for key in keys}}
@@ -133,7 +133,7 @@ def sentence(entry: Json, title: str) -> str:
     if contender is None:
         return f"{kept}{entry['why']}"
     speedup = entry["confirmed"][contender]["speedup"]
-    faster = f"{times(speedup)} faster but " if speedup["ci95"] and speedup["ci95"][0] > 1 else ""
+    faster = f"{times(speedup)} faster but its accuracy is " if speedup["ci95"] and speedup["ci95"][0] > 1 else ""
     return f"{kept}{spoken(contender)} is {faster}{entry['rejected'][contender]}"
 
 
@@ -165,6 +165,13 @@ def p_value(p: float) -> str:
 def _ratio(trial: Json | None) -> float:
     speedup = (trial or {}).get("speedup") or {}
     return float(speedup.get("ratio") or 0.0)
+
+
+def _closest(ranked: Sequence[str], trials: Json) -> str | None:
+    """The finalist to speak of where none won: the one that the fewest more items would decide, else the fastest."""
+    judged = [trial for trial in ranked if trials.get(trial, {}).get("decision")]
+    open_ones = [trial for trial in judged if trials[trial]["decision"] == Decision.undecided.value]
+    return min(open_ones or judged[:1], key=lambda trial: trials[trial]["needs_items"] or math.inf, default=None)
 
 
 def _caution(entry: Json, trial: str) -> str:

@@ -35,21 +35,22 @@ class Scenario(ABC):
     """Options every scenario has.
 
     requests: how many are timed. warmup: how many run before them at the same shape, untimed.
-    minimum_requests: a result from fewer is a `preview`. attempts: how often, at most, a scenario is measured while
-    other processes disturb it; the least disturbed attempt counts.
+    minimum_requests: a result from fewer is a `preview`. patience_seconds: while other
+    processes disturb it, a scenario is measured again as long as another attempt fits into this time; the least
+    disturbed one counts.
     """
 
     requests: int = 40
     warmup: int = 3
     minimum_requests: int = 20
-    attempts: int = 3
+    patience_seconds: float = 20.0
 
     headline: ClassVar[str]
     """The value per request that variants are compared by; its median is the figure `<headline>_p50`."""
     lower_is_better: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for field, least in (("requests", 1), ("warmup", 0), ("minimum_requests", 1), ("attempts", 1)):
+        for field, least in (("requests", 1), ("warmup", 0), ("minimum_requests", 1), ("patience_seconds", 0)):
             if getattr(self, field) < least:
                 raise UserError(f"{field} must be at least {least}, got {getattr(self, field)}")
 

@@ -87,3 +87,11 @@ def write_task(folder: Path, task: Task, items: dict[str, list[Item]], tokenizer
     }
     write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def load_tasks(folder: Path) -> list[TaskData]:
+    """The tasks below a plan's `tasks` folder, by name. Raises `UserError` if there is none."""
+    tasks = [TaskData(path.parent) for path in sorted(folder.glob("*/manifest.json"))]
+    if not tasks:
+        raise UserError(f"{folder} must hold at least one task folder with a manifest.json, got none")
+    return tasks

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hasten.corpus.text import compact
+from hasten.corpus.text import compact, valid
 from hasten.errors import UserError, one_of
 from hasten.task.base import SPLITS, Item, Task
 from hasten.task.splitting import choose
@@ -74,6 +74,6 @@ class Jsonl(Task):
         split = row.get("split")
         if split is not None and split not in SPLITS:
             raise one_of(f"{place}: split", split, SPLITS)
-        cluster = str(row.get("cluster") or compact(prompt) or prompt)
+        cluster = str(row.get("cluster") or compact(valid(prompt)) or valid(prompt))
         language = str(row.get("language") or self.language)
-        return split, Item(str(row.get("id", number)), cluster, language, prompt, completion)
+        return split, Item(str(row.get("id", number)), cluster, language, valid(prompt), valid(completion))

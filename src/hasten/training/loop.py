@@ -135,9 +135,9 @@ class Watch(Callback):
         self.first_step = 0
         self.progress: Progress | None = None
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, module: LanguageModel) -> None:
         self.first_step = trainer.global_step
-        self.mark = (time.perf_counter(), self.tokens(module))
+        self.mark = (time.perf_counter(), module.tokens_seen)
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
             self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
@@ -145,7 +145,7 @@ class Watch(Callback):
             self.bar = self.progress.add_task(self.title, total=self.steps, completed=self.first_step)
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: lightning.Trainer, module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if (batch_idx + 1) % self.options.accumulate:
             return
@@ -155,12 +155,12 @@ class Watch(Callback):
         if step % self.options.validate_every_steps == 0 or step == self.steps:
             self.log_validation(module, step)
 
-    def log_step(self, trainer: lightning.Trainer, module: lightning.LightningModule, step: int) -> None:
-        now, seen = time.perf_counter(), self.tokens(module)
+    def log_step(self, trainer: lightning.Trainer, module: LanguageModel, step: int) -> None:
+        now, seen = time.perf_counter(), module.tokens_seen
         rate = (seen - self.mark[1]) / (now - self.mark[0])
         self.mark = (now, seen)
         values = {
-            "train_loss": float(trainer.callback_metrics["train_loss"]),
+            "train_loss": module.mean_loss(),
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "gradient_norm": module.gradient_norm,
             "tokens_per_second": rate,
@@ -173,7 +173,7 @@ class Watch(Callback):
         elif step % (self.options.log_every_steps * 10) == 0 or step == self.steps:
             self.console.print(f"{line} step {step}/{self.steps}", highlight=False)
 
-    def log_validation(self, module: lightning.LightningModule, step: int) -> None:
+    def log_validation(self, module: LanguageModel, step: int) -> None:
         began = time.perf_counter()
         module.eval()
         with torch.no_grad():
@@ -184,10 +184,7 @@ class Watch(Callback):
         self.console.print(f"{self.title} step {step}/{self.steps}  {shown}", highlight=False)
         self.mark = (self.mark[0] + time.perf_counter() - began, self.mark[1])  # validation is not training time
 
-    def tokens(self, module: lightning.LightningModule) -> int:
-        return int(module.tokens_seen)
-
-    def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: lightning.Trainer, module: LanguageModel, stage: str) -> None:
         if self.progress:
             self.progress.stop()
 

@@ -8,32 +8,13 @@ from typing import Any
 
 import lightning
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.decoder import Decoder
 from hasten.training.data import Batch
+from hasten.training.loss import weighted_loss
 from hasten.training.options import Training
-
-
-def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy in nats of each token given those before it, (B, T); 0 at position 0."""
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return F.pad(losses.view(ids.shape[0], -1), (1, 0))
-
-
-def weighted_loss(model: Decoder, batch: Batch) -> Tensor:
-    """Mean cross-entropy over tokens, weighted.
-
-    Logits are computed only where a token counts: for a small model the head is much of the work,
-    and fine-tuning on completions alone needs it at two or three positions of a sequence.
-    """
-    ids, weights = batch["ids"], batch["weights"][:, 1:]
-    counted = weights > 0  # (B, T - 1)
-    hidden = model.model(ids)[:, :-1][counted]  # (N, hidden)
-    losses = F.cross_entropy(model.lm_head(hidden).float(), ids[:, 1:][counted], reduction="none")
-    return (losses * weights[counted]).sum() / weights.sum()
 
 
 def learning_rate_factor(step: int, steps: int, options: Training) -> float:
@@ -54,6 +35,7 @@ class LanguageModel(lightning.LightningModule):
         self.model, self.options, self.steps = model, options, steps
         self.tokens_seen = 0
         self.gradient_norm = 0.0
+        self._losses: list[Tensor] = []
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         loss = weighted_loss(self.model, batch)
@@ -63,8 +45,13 @@ class LanguageModel(lightning.LightningModule):
                 f"the loss is {loss.item()} at step {self.global_step}; lower training.learning_rate (now {rate})"
             )
         self.tokens_seen += batch["ids"].numel()
-        self.log("train_loss", loss)
+        self._losses.append(loss.detach())
         return loss
+
+    def mean_loss(self) -> float:
+        """The mean loss since this was last asked."""
+        losses, self._losses = self._losses, []
+        return float(torch.stack(losses).mean())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip here: Lightning's own clipping refuses fused optimisers under autocast."""

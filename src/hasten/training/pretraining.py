@@ -15,7 +15,7 @@ from hasten.model.huggingface import decoder_tensors, save_checkpoint, to_huggin
 from hasten.tokenizer.base import load_tokenizer
 from hasten.training.data import PackedTokens
 from hasten.training.loop import Fitted, Metrics, fit
-from hasten.training.module import token_losses
+from hasten.training.loss import token_losses
 from hasten.training.options import Training
 
 

@@ -1,0 +1,68 @@
+"""The loss, computed so that a small model's large vocabulary does not dominate its training.
+
+A head of 8,192 entries turns 4,096 tokens into 134 MB of logits, and a textbook cross-entropy walks
+over them half a dozen times; on a CPU that costs as much as the matrix products. Here the logits are
+made, turned into losses and into gradients one chunk at a time, so a chunk stays in the cache (the
+idea of Wijmans et al. 2024, arXiv:2411.09009, without their kernel). On two cores this makes a
+pre-training step of the `tiny` model about 1.2 times faster; gradients equal the textbook's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hasten.model.decoder import Decoder
+from hasten.training.data import Batch
+
+CHUNK = 512  # tokens whose logits exist at the same time
+
+
+def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
+    """Cross-entropy in nats of each token given those before it, (B, T); 0 at position 0."""
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return F.pad(losses.view(ids.shape[0], -1), (1, 0))
+
+
+def weighted_loss(model: Decoder, batch: Batch) -> Tensor:
+    """Mean cross-entropy over tokens, weighted. Logits are computed only where a token counts."""
+    ids, weights = batch["ids"], batch["weights"][:, 1:]
+    counted = weights > 0  # (B, T - 1)
+    hidden = model.model(ids)[:, :-1][counted]  # (N, hidden)
+    total: Tensor = LinearCrossEntropy.apply(hidden, model.lm_head.weight, ids[:, 1:][counted], weights[counted])  # type: ignore[no-untyped-call]
+    return total / weights.sum()
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """hidden (N, H), head (V, H), targets (N,), weights (N,) -> sum of weighted losses, float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        x, w = hidden.to(dtype), head.to(dtype)
+        grad_hidden, grad_head = torch.empty_like(x), torch.zeros_like(head)
+        total = torch.zeros((), device=hidden.device)
+        with torch.autocast(kind, enabled=False):
+            for start in range(0, len(x), CHUNK):
+                rows = slice(start, start + CHUNK)
+                target, weight = targets[rows, None], weights[rows, None]  # (C, 1)
+                log_p = F.log_softmax((x[rows] @ w.T).float(), dim=-1)  # (C, V)
+                total -= (log_p.gather(1, target) * weight).sum()
+                # d loss / d logits = (softmax - one-hot of the target) * weight
+                slope = log_p.exp_()
+                slope.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=slope.dtype))
+                slope = (slope * weight).to(dtype)
+                grad_hidden[rows] = slope @ w
+                grad_head += slope.T @ x[rows]
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.dtype = hidden.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_hidden.to(ctx.dtype) * grads[0], grad_head * grads[0], None, None

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hasten.artifacts import Checkpoint, Variant
+from hasten.compression.make import make_variant
+from hasten.compression.rtn import Rtn
+from hasten.errors import UserError
+from hasten.model.decoder import Decoder
+from hasten.model.huggingface import decoder_tensors, from_huggingface, load_decoder, to_huggingface
+from tests.tiny import decoder, shape, write_checkpoint, write_variant
+
+IDS = torch.tensor([[0, 5, 17, 60, 3, 99, 42, 8]])
+
+
+def transformers_logits(folder: Path) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        logits: torch.Tensor = model(IDS).logits
+    return logits
+
+
+def our_logits(model: Decoder) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model.eval()(IDS)
+    return logits
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tied_head": False, "kv_heads": 1}, {"rope_theta": 500.0, "norm_epsilon": 1e-3, "head_size": 12}],
+)
+def test_a_saved_checkpoint_opens_in_transformers_with_equal_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = decoder(shape(**changes), spread=0.2)
+    write_checkpoint(tmp_path / "c", model)
+    assert torch.allclose(transformers_logits(tmp_path / "c"), our_logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("tied", "head", "group_size"), [(True, True, 16), (True, False, 32), (False, True, 0)])
+def test_a_quantised_variant_opens_in_transformers_with_the_logits_of_our_dequantised_decoder(
+    tmp_path: Path, bits: int, tied: bool, head: bool, group_size: int
+) -> None:
+    model = decoder(shape(tied_head=tied), spread=0.2)
+    parent = write_variant(tmp_path / "baseline", model)
+    method = Rtn(bits=bits, group_size=group_size, head=head)
+    variant, _ = make_variant(method, parent, None, name="q", target=tmp_path / "q", seed=0)
+    quantised = load_decoder(variant)
+    assert quantised.config.tied_head is (tied and not head)
+    ours = our_logits(quantised)
+    assert torch.allclose(transformers_logits(variant.path), ours, rtol=0, atol=1e-4)
+    assert not torch.allclose(ours, our_logits(model), atol=1e-2)  # quantising did change them
+
+
+def test_a_checkpoint_that_transformers_wrote_gives_equal_logits_here(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, rope_theta=777.0, tie_word_embeddings=False,
+    )  # fmt: skip
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"schema": 1, "kind": "checkpoint"}')
+    ids = IDS % 50
+    with torch.inference_mode():
+        expected, ours = theirs(ids).logits, load_decoder(Checkpoint(tmp_path)).eval()(ids)
+    assert torch.allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_the_tokenizer_and_the_ids_travel_with_the_checkpoint(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    write_checkpoint(tmp_path / "c")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "c")
+    assert tokenizer.encode("w5 w99", add_special_tokens=False) == [5, 99]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
+    assert GenerationConfig.from_pretrained(tmp_path / "c").eos_token_id == 1
+
+
+def test_saving_and_loading_changes_no_bit_and_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = decoder()
+    first, second = write_checkpoint(tmp_path / "a", model), write_checkpoint(tmp_path / "b", decoder())
+    assert first.hash == second.hash
+    loaded = load_decoder(first).state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    assert "lm_head.weight" not in decoder_tensors(model)  # a tied head is stored once
+
+
+def test_a_loaded_tied_head_stays_tied(tmp_path: Path) -> None:
+    model = load_decoder(write_checkpoint(tmp_path / "c"), torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("changes", [{}, {"tied_head": False}, {"head_size": 16, "kv_heads": 4, "rope_theta": 5e5}])
+def test_a_shape_survives_config_json(changes: dict[str, Any]) -> None:
+    config = shape(**changes)
+    again = from_huggingface(json.loads(json.dumps(to_huggingface(config, bos_id=0, eos_id=1, pad_id=None))))
+    config.head_size = config.head_width
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt2"}, "model_type must be llama, got 'gpt2'"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type must be default, got 'llama3'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be default, got 'yarn'"),
+        ({"attention_bias": True}, "attention_bias must be False, got True"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"hidden_size": None}, "config.json lacks hidden_size"),
+        ({"hidden_size": "wide"}, "config.json holds a value of the wrong type"),
+    ],
+)
+def test_what_this_decoder_does_not_compute_is_refused(changes: dict[str, Any], words: str) -> None:
+    config = {**to_huggingface(shape(), bos_id=0, eos_id=1, pad_id=2), **changes}
+    with pytest.raises(UserError) as error:
+        from_huggingface({key: value for key, value in config.items() if value is not None})
+    assert words in str(error.value)
+
+
+def damaged(tmp_path: Path, change: dict[str, torch.Tensor | None]) -> Checkpoint:
+    checkpoint = write_checkpoint(tmp_path / "c")
+    tensors: dict[str, torch.Tensor | None] = {**checkpoint.tensors(), **change}
+    kept = {name: value for name, value in tensors.items() if value is not None}
+    save_file(kept, checkpoint.path / "model.safetensors")
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.norm.weight": None}, "do not fit config.json: model.norm.weight"),
+        ({"extra.weight": torch.ones(1)}, "do not fit config.json: extra.weight"),
+        ({"model.norm.weight": torch.ones(31)}, "do not fit config.json: model.norm.weight"),
+        ({"model.embed_tokens.weight": None}, "model.embed_tokens.weight"),
+        ({"model.norm.weight": torch.full((32,), torch.nan)}, "model.norm.weight holds NaN or infinite values"),
+        ({"model.norm.weight": torch.full((32,), torch.inf)}, "model.norm.weight holds NaN or infinite values"),
+    ],
+)
+def test_tensors_that_do_not_make_the_model_are_refused_by_name(
+    tmp_path: Path, change: dict[str, torch.Tensor | None], words: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        load_decoder(damaged(tmp_path, change))
+    assert words in str(error.value)
+
+
+def test_many_problems_are_counted_not_listed(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "c")
+    config = {**checkpoint.config, "num_hidden_layers": 1}
+    (checkpoint.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="and 6 more"):  # the second block's 9 tensors
+        load_decoder(Variant(checkpoint.path))

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from hasten import hardware
+
+
+def test_the_machine_is_the_same_every_time_and_says_nothing_measured() -> None:
+    first, second = hardware.machine(), hardware.machine()
+    assert first == second == json.loads(json.dumps(first))
+    assert set(first) == {"id", "system", "architecture", "cpu", "cpu_flags", "cores", "memory_gib", "gpu"}
+    assert len(first["id"]) == 12
+    assert first["memory_gib"] > 0
+    assert first["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("function", "value"), [("cpu_name", "Another CPU"), ("cpu_count", 97), ("gpu_names", ["Another GPU"])]
+)
+def test_another_machine_has_another_id(monkeypatch: pytest.MonkeyPatch, function: str, value: object) -> None:
+    here = hardware.machine()["id"]
+    monkeypatch.setattr(hardware, function, lambda: value)
+    assert hardware.machine()["id"] != here
+
+
+def with_quota(monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
+    """A container whose cpu.max says so, on a machine that lends 8 cores."""
+    real_exists, real_read = Path.exists, Path.read_text
+    quota = "/sys/fs/cgroup/cpu.max"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(Path, "exists", lambda p: text is not None if str(p) == quota else real_exists(p))
+    monkeypatch.setattr(Path, "read_text", lambda p, *a, **k: text if str(p) == quota else real_read(p, *a, **k))
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [
+        (None, 8),
+        ("max 100000\n", 8),
+        ("200000 100000\n", 2),
+        ("150000 100000\n", 2),
+        ("50000 100000\n", 1),
+        ("9900000 100000\n", 8),
+    ],
+)
+def test_cores_are_those_of_the_affinity_and_the_containers_quota(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, cores: int
+) -> None:
+    with_quota(monkeypatch, text)
+    assert hardware.cpu_count() == cores
+
+
+def test_vector_extensions_are_listed_without_the_other_flags() -> None:
+    flags = hardware.cpu_flags()
+    assert flags == sorted(set(flags))
+    assert all(flag.startswith(("avx", "fma", "f16c", "amx")) for flag in flags)
+
+
+def test_a_library_that_is_not_installed_is_null_not_missing() -> None:
+    versions = hardware.libraries(("torch", "no-such-distribution-here"))
+    assert versions["no-such-distribution-here"] is None
+    assert str(versions["torch"])[0].isdigit()
