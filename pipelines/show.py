@@ -14,14 +14,14 @@ def main() -> None:
 
     from hasten.artifacts import read_json
     from hasten.errors import UserError
-    from hasten.reporting.study import TITLES
+    from hasten.reporting.study import scenario_titles
     from hasten.reporting.table import summary
 
     console = Console(highlight=False)
     try:
         plan = load_plan()
         folder = Path("reports", plan["plan"])
-        console.print(summary(load_measurements(plan), read_json(folder / "verdict.json"), titles=TITLES))
+        console.print(summary(load_measurements(plan), read_json(folder / "verdict.json"), titles=scenario_titles()))
     except UserError as error:
         fail("show", str(error))
     console.print(f"report:  {folder}/report.html\nMLflow:  make ui, then http://127.0.0.1:5000")

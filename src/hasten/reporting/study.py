@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.artifacts import Json, read_json, write_json
+from hasten.config import discover
 from hasten.evaluation.decision import confirmed
 from hasten.evaluation.quality import agreement
 from hasten.reporting import page, picture
@@ -16,8 +17,13 @@ from hasten.reporting.verdict import verdict
 if TYPE_CHECKING:
     import pandas as pd
 
-TITLES = {"qa": "real-time QA", "dialogue": "dialogue", "generation": "text generation"}
+ORDER = ("prepare", "pretrain", "finetune", "compress", "evaluate", "select", "confirm")
 Facts = dict[str, tuple[dict[str, str], dict[str, float | None]]]
+
+
+def scenario_titles() -> dict[str, str]:
+    """What scenarios are called in sentences, by name."""
+    return {name: str(vars(component)["title"]) for name, component in discover("scenario").items()}
 
 
 def write_reports(
@@ -34,14 +40,15 @@ def write_reports(
     finalists = read_json(artifacts / "finalists.json")
     answers = pd.read_parquet(artifacts / "confirmation.parquet")
     evidence = confirmed(read_json(artifacts / "confirmation.json"), answers, finalists, seed=seed)
-    result = verdict(measurements, finalists, evidence, titles=TITLES)
+    titles = scenario_titles()
+    result = verdict(measurements, finalists, evidence, titles=titles)
     agreements = agreement_with_reference(measurements, predictions)
     shown = [{**m, "agreement": agreements.get(m["trial"])} for m in measurements]
     files = [reports / name for name in ("verdict.json", "frontier.png", "report.html", "metrics.json")]
     write_json(files[0], result)
-    picture.draw(shown, result, files[1], titles=TITLES)
+    picture.draw(shown, result, files[1], titles=titles)
     stages = stage_seconds(artifacts / "runs", plan.get("budget_seconds", {}))
-    page.write(shown, result, files[1], files[2], titles=TITLES, stages=stages)
+    page.write(shown, result, files[1], files[2], titles=titles, stages=stages)
     write_json(files[3], metrics(shown, result))
     return result, files, {m["trial"]: facts(m["trial"], result, agreements) for m in measurements}
 
@@ -63,8 +70,10 @@ def agreement_with_reference(
 def stage_seconds(runs: Path, budgets: Mapping[str, float]) -> dict[str, Json]:
     """What each stage took and what its plan allows, from the records of the runs."""
     rows: dict[str, Json] = {}
-    for path in sorted(runs.glob("*.json")):
-        record = read_json(path)
+    records = [read_json(path) for path in sorted(runs.glob("*.json"))]
+    for record in sorted(
+        records, key=lambda record: ORDER.index(record["stage"]) if record["stage"] in ORDER else len(ORDER)
+    ):
         seconds = record["metrics"].get("seconds")
         rows[record["name"]] = {"seconds": seconds, "budget_seconds": budgets.get(record["stage"])}
     return rows
@@ -78,10 +87,14 @@ def facts(trial: str, result: Json, agreements: Mapping[str, Json]) -> tuple[dic
         if trial in entry["rejected"]:
             tags[f"{scenario}.decision"] = f"rejected: {entry['rejected'][trial]}"
         elif trial == entry["champion"]:
-            tags[f"{scenario}.decision"] = f"champion ({entry['decision'] or 'the reference itself'})"
-            figures[f"{scenario}_speedup"] = (entry["speedup"] or {}).get("ratio")
+            kept = trial == entry["reference"]
+            tags[f"{scenario}.decision"] = (
+                "champion (the reference is kept)" if kept else f"champion ({entry['decision']})"
+            )
+            figures[f"{scenario}_speedup"] = 1.0 if kept else (entry["speedup"] or {}).get("ratio")
         elif trial == entry["reference"]:
             tags[f"{scenario}.decision"] = "reference"
+            figures[f"{scenario}_speedup"] = 1.0
     if trial in agreements:
         figures["agreement_with_eager"] = agreements[trial]["share"]
     return tags, figures

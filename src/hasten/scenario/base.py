@@ -45,6 +45,8 @@ class Scenario(ABC):
     minimum_requests: int = 20
     patience_seconds: float = 20.0
 
+    title: ClassVar[str]
+    """What the scenario is called in sentences."""
     headline: ClassVar[str]
     """The value per request that variants are compared by; its median is the figure `<headline>_p50`."""
     lower_is_better: ClassVar[bool] = True

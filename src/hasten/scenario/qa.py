@@ -31,6 +31,7 @@ class Qa(Scenario):
     prompt_tokens: int = 128
     output_tokens: int = 64
 
+    title: ClassVar[str] = "real-time QA"
     headline: ClassVar[str] = "latency_seconds"
 
     def __post_init__(self) -> None:

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hasten.model.decoder import Decoder
+from hasten.training import loss
+from hasten.training.data import Batch
+from hasten.training.loss import token_losses, weighted_loss
+from tests.tiny import decoder, shape
+
+
+def textbook(model: Decoder, batch: Batch) -> Tensor:
+    ids, weights = batch["ids"], batch["weights"][:, 1:]
+    logits = model(ids)[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(weights.shape)
+    return (losses * weights).sum() / weights.sum()
+
+
+def gradients(model: Decoder, value: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 99), chunk=st.sampled_from([1, 7, 512]), tied=st.booleans())
+def test_loss_and_gradients_equal_the_textbooks_whatever_the_chunk(seed: int, chunk: int, tied: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    model = decoder(shape(tied_head=tied), seed, spread=0.2)
+    batch = {
+        "ids": torch.randint(100, (3, 9), generator=generator),
+        "weights": torch.rand(3, 9, generator=generator) * (torch.rand(3, 9, generator=generator) > 0.3),
+    }
+    batch["weights"][0, 1] = 1.0  # at least one token counts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "CHUNK", chunk)
+        ours = weighted_loss(model, batch)
+        got = gradients(model, ours * 3)  # scaled, as gradient accumulation does
+    expected = textbook(model, batch)
+    wanted = gradients(model, expected * 3)
+    assert float(ours) == pytest.approx(float(expected), rel=1e-5)
+    assert got.keys() == wanted.keys()
+    assert all(torch.allclose(got[name], wanted[name], rtol=1e-3, atol=1e-5) for name in wanted)
+
+
+def test_tokens_of_no_weight_change_neither_loss_nor_gradient() -> None:
+    model = decoder()
+    ids = torch.randint(3, 100, (2, 8))
+    weights = torch.tensor([0.0, 1, 1, 1, 1, 0, 0, 0]).repeat(2, 1)
+    changed = ids.clone()
+    changed[:, 5:] = 2  # padding
+    before = gradients(model, weighted_loss(model, {"ids": ids, "weights": weights}))
+    after = gradients(model, weighted_loss(model, {"ids": changed, "weights": weights}))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_token_losses_are_negative_log_probabilities_in_nats() -> None:
+    model, ids = decoder(), torch.randint(100, (2, 6))
+    with torch.inference_mode():
+        logits = model(ids)
+        losses = token_losses(logits, ids)
+    assert losses.shape == (2, 6)
+    assert (losses[:, 0] == 0).all()
+    assert float(losses[1, 4]) == pytest.approx(-float(logits[1, 3].log_softmax(-1)[ids[1, 4]]), rel=1e-5)
+
+
+def test_under_bfloat16_autocast_the_loss_stays_float32_and_close() -> None:
+    model, batch = decoder(spread=0.1), {"ids": torch.randint(100, (2, 16)), "weights": torch.ones(2, 16)}
+    with torch.autocast("cpu", torch.bfloat16):
+        low = weighted_loss(model, batch)
+    full = weighted_loss(model, batch)
+    assert low.dtype is torch.float32
+    assert float(low) == pytest.approx(float(full), rel=0.02)
+    got, wanted = gradients(model, low), gradients(model, full)
+    name = "model.embed_tokens.weight"
+    assert F.cosine_similarity(got[name].flatten(), wanted[name].flatten(), dim=0) > 0.99

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hasten.errors import UserError
+from hasten.training.module import LanguageModel, learning_rate_factor
+from tests.tiny import decoder, shape, training
+
+
+def test_the_learning_rate_rises_linearly_then_falls_along_a_cosine_to_its_final_fraction() -> None:
+    options = training(steps=100, warmup_fraction=0.1, final_learning_rate_fraction=0.2)
+    factors = [learning_rate_factor(step, 100, options) for step in range(101)]
+    assert factors[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert factors[55] == pytest.approx(0.6)  # half way down from 1 to 0.2
+    assert factors[100] == pytest.approx(0.2)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    steps=st.integers(1, 300),
+    step=st.integers(0, 400),
+    warmup=st.floats(0, 0.99),
+    final=st.floats(0, 0.99),
+)
+def test_the_learning_rate_is_never_above_its_peak_nor_zero_in_warm_up(
+    steps: int, step: int, warmup: float, final: float
+) -> None:
+    options = training(warmup_fraction=warmup, final_learning_rate_fraction=final)
+    assert 0 <= learning_rate_factor(step, steps, options) <= 1
+    assert learning_rate_factor(0, steps, options) > 0
+
+
+def test_only_matrices_decay_and_a_tied_head_is_optimised_once() -> None:
+    module = LanguageModel(decoder(shape(tied_head=True)), training(weight_decay=0.3), steps=10)
+    decayed, kept = module.configure_optimizers()["optimizer"].param_groups
+    assert decayed["weight_decay"] == 0.3
+    assert kept["weight_decay"] == 0
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in kept["params"]} == {1}
+    everything = [id(p) for p in [*decayed["params"], *kept["params"]]]
+    assert len(everything) == len(set(everything)) == len(list(module.model.parameters()))
+
+
+def test_frozen_weights_are_not_optimised() -> None:
+    model = decoder()
+    model.requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    groups = LanguageModel(model, training(), steps=1).configure_optimizers()["optimizer"].param_groups
+    assert [len(group["params"]) for group in groups] == [0, 1]
+
+
+@pytest.mark.parametrize(("limit", "norm_after"), [(0.5, 0.5), (0.0, None)])
+def test_gradients_are_clipped_to_the_limit_and_the_norm_before_is_kept(limit: float, norm_after: float | None) -> None:
+    module = LanguageModel(decoder(), training(gradient_clip=limit), steps=1)
+    for parameter in module.trainable():
+        parameter.grad = torch.full_like(parameter, 0.3)
+    before = math.sqrt(sum(float(p.grad.square().sum()) for p in module.trainable() if p.grad is not None))
+    module.on_before_optimizer_step(module.configure_optimizers()["optimizer"])
+    after = math.sqrt(sum(float(p.grad.square().sum()) for p in module.trainable() if p.grad is not None))
+    assert module.gradient_norm == pytest.approx(before, rel=1e-4)
+    assert after == pytest.approx(before if norm_after is None else norm_after, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_is_one_sentence_with_the_step_and_the_learning_rate() -> None:
+    model = decoder()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    module = LanguageModel(model, training(learning_rate=0.25), steps=1)
+    module.trainer = type("Trainer", (), {"global_step": 7})()  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"the loss is nan at step 7; lower training\.learning_rate \(now 0\.25\)"):
+        module.training_step({"ids": torch.ones(1, 4, dtype=torch.int64), "weights": torch.ones(1, 4)}, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "either steps or epochs above 0, got steps=0 and epochs=0"),
+        ({"steps": 5, "epochs": 1}, "either steps or epochs above 0, got steps=5 and epochs=1"),
+        ({"steps": -5, "epochs": 1}, "got steps=-5 and epochs=1"),
+        ({"steps": 5, "epochs": -1}, "got steps=5 and epochs=-1"),
+        ({"batch_size": 0}, "training.batch_size must be at least 1, got 0"),
+        ({"accumulate": 0}, "training.accumulate must be at least 1, got 0"),
+        ({"validate_every_steps": 0}, "training.validate_every_steps must be at least 1"),
+        ({"sequence_length": 1}, "training.sequence_length must be at least 2, got 1"),
+        ({"learning_rate": 0.0}, "training.learning_rate must lie between 0 and 10, got 0.0"),
+        ({"learning_rate": math.nan}, "training.learning_rate must lie between 0 and 10, got nan"),
+        ({"warmup_fraction": 1.0}, "training.warmup_fraction must be at least 0 and below 1, got 1.0"),
+        ({"final_learning_rate_fraction": -0.1}, "training.final_learning_rate_fraction"),
+        ({"gradient_clip": -1.0}, "training.gradient_clip"),
+        ({"weight_decay": -1.0}, "training.weight_decay"),
+        ({"accelerator": "tpu"}, "training.accelerator must be auto, cpu or cuda, got 'tpu'"),
+        ({"threads": -1}, "training.threads"),
+        ({"beta1": 1.0}, "training.beta1"),
+        ({"beta2": -0.1}, "training.beta2"),
+        ({"validation_tokens": 0}, "training.validation_tokens"),
+    ],
+)
+def test_training_options_that_cannot_work_are_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        training(**changes)
+    assert words in str(error.value)
