@@ -43,7 +43,7 @@ def test_loss_and_gradients_equal_the_textbooks_whatever_the_chunk(seed: int, ch
         got = gradients(model, ours * 3)  # scaled, as gradient accumulation does
     expected = textbook(model, batch)
     wanted = gradients(model, expected * 3)
-    assert float(ours) == pytest.approx(float(expected), rel=1e-5)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
     assert got.keys() == wanted.keys()
     assert all(torch.allclose(got[name], wanted[name], rtol=1e-3, atol=1e-5) for name in wanted)
 
@@ -75,7 +75,7 @@ def test_under_bfloat16_autocast_the_loss_stays_float32_and_close() -> None:
         low = weighted_loss(model, batch)
     full = weighted_loss(model, batch)
     assert low.dtype is torch.float32
-    assert float(low) == pytest.approx(float(full), rel=0.02)
+    assert low.item() == pytest.approx(full.item(), rel=0.02)
     got, wanted = gradients(model, low), gradients(model, full)
     name = "model.embed_tokens.weight"
     assert F.cosine_similarity(got[name].flatten(), wanted[name].flatten(), dim=0) > 0.99

@@ -40,6 +40,11 @@ def finetune(
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
     per_epoch = -(-len(examples) // options.batch_size)
     steps = options.steps or per_epoch * options.epochs // options.accumulate
+    if steps < 1:
+        raise UserError(
+            f"training.accumulate must leave at least one step, got {options.accumulate} "
+            f"for {per_epoch * options.epochs} batches ({len(examples)} items)"
+        )
     epochs = options.epochs or -(-steps * options.accumulate // per_epoch)
     batches = TaskBatches(
         examples,

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import Dataset
 
+from hasten.errors import UserError
 from hasten.hardware import cpu_count
 from hasten.model.decoder import Decoder
 from hasten.training.data import Batch
@@ -92,7 +96,8 @@ def fit(
         options.precision is Precision.auto and computes_bfloat16(accelerator)
     )
     module = LanguageModel(model, options, steps)
-    watch = Watch(options, steps, validate, metrics, title)
+    last = scratch / "last.ckpt"
+    watch = Watch(options, steps, last, validate, metrics, title)
     keep = ModelCheckpoint(
         scratch, filename="last", every_n_train_steps=options.checkpoint_every_steps, save_top_k=1,
         enable_version_counter=False, save_on_exception=False,
@@ -111,28 +116,49 @@ def fit(
         use_distributed_sampler=False,
         log_every_n_steps=options.log_every_steps,
     )
-    last = scratch / "last.ckpt"
     loader = StatefulDataLoader(batches, batch_size=None, num_workers=0)
     start = time.perf_counter()
     try:
-        trainer.fit(module, loader, ckpt_path=last if last.exists() else None, weights_only=False)
+        with noting_sigterm():
+            trainer.fit(module, loader, ckpt_path=last if last.exists() else None, weights_only=False)
     except SIGTERMException:
-        trainer.save_checkpoint(last)
         raise SystemExit(143) from None
     seconds = time.perf_counter() - start
+    if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+        rate = options.learning_rate
+        raise UserError(f"the weights are not finite after step {steps}; lower training.learning_rate (now {rate})")
     model.cpu()
     shutil.rmtree(scratch, ignore_errors=True)
     return Fitted(trainer.global_step, module.tokens_seen, seconds, watch.first_step, watch.validation)
 
 
+@contextmanager
+def noting_sigterm() -> Iterator[None]:
+    """Leave SIGTERM to Lightning, which ends the fit after the batch; a handler that ends the process at once would
+    keep it from saving.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are not ours
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Watch(Callback):
     """Progress, curves and validation. One line per logging interval where there is no terminal."""
 
-    def __init__(self, options: Training, steps: int, validate: Validate, metrics: Metrics, title: str) -> None:
-        self.options, self.steps, self.validate, self.metrics, self.title = options, steps, validate, metrics, title
+    def __init__(
+        self, options: Training, steps: int, last: Path, validate: Validate, metrics: Metrics, title: str
+    ) -> None:
+        self.options, self.steps, self.last = options, steps, last
+        self.validate, self.metrics, self.title = validate, metrics, title
         self.console = Console(stderr=True)
         self.validation: dict[str, float] = {}
         self.first_step = 0
+        self.between_steps = True
         self.progress: Progress | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, module: LanguageModel) -> None:
@@ -147,7 +173,8 @@ class Watch(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, module: LanguageModel, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % self.options.accumulate:
+        self.between_steps = (batch_idx + 1) % self.options.accumulate == 0
+        if not self.between_steps:
             return
         step = trainer.global_step
         if step % self.options.log_every_steps == 0 or step == self.steps:
@@ -184,13 +211,24 @@ class Watch(Callback):
         self.console.print(f"{self.title} step {step}/{self.steps}  {shown}", highlight=False)
         self.mark = (self.mark[0] + time.perf_counter() - began, self.mark[1])  # validation is not training time
 
+    def on_exception(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Save on SIGTERM, here, where the loops still know their place; before `fit` returns they are taken down.
+
+        Not in the middle of an accumulated step: its gradients are no part of a checkpoint.
+        """
+        if isinstance(exception, SIGTERMException) and self.between_steps:
+            trainer.save_checkpoint(self.last)
+
     def teardown(self, trainer: lightning.Trainer, module: LanguageModel, stage: str) -> None:
         if self.progress:
             self.progress.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Random state, as tensors, so that a resumed run draws what an uninterrupted one would have."""
-        return {"rng": torch.get_rng_state()}
+        """Random state, as a tensor, so that a resumed run draws what an uninterrupted one would have; last figures."""
+        return {"rng": torch.get_rng_state(), "validation": self.validation}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         torch.set_rng_state(state["rng"])
+        self.validation = state["validation"]

@@ -1,4 +1,4 @@
-"""The Lightning module: weighted next-token loss, AdamW, warm-up and cosine."""
+"""The Lightning module: weighted next-token loss, warm-up and cosine."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hasten.errors import UserError
 from hasten.model.decoder import Decoder
 from hasten.training.data import Batch
 from hasten.training.loss import weighted_loss
+from hasten.training.optimiser import build_optimiser
 from hasten.training.options import Training
 
 
@@ -48,6 +49,12 @@ class LanguageModel(lightning.LightningModule):
         self._losses.append(loss.detach())
         return loss
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen = checkpoint["tokens_seen"]
+
     def mean_loss(self) -> float:
         """The mean loss since this was last asked."""
         losses, self._losses = self._losses, []
@@ -59,17 +66,7 @@ class LanguageModel(lightning.LightningModule):
         self.gradient_norm = float(torch.nn.utils.clip_grad_norm_(self.trainable(), limit))
 
     def configure_optimizers(self) -> Any:
-        decay = [p for p in self.trainable() if p.dim() >= 2]
-        keep = [p for p in self.trainable() if p.dim() < 2]
-        optimiser = torch.optim.AdamW(
-            [
-                {"params": decay, "weight_decay": self.options.weight_decay},
-                {"params": keep, "weight_decay": 0.0},
-            ],
-            lr=self.options.learning_rate,
-            betas=(self.options.beta1, self.options.beta2),
-            fused=True,
-        )
+        optimiser = build_optimiser(self.model, self.options)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimiser, lambda step: learning_rate_factor(step, self.steps, self.options)
         )

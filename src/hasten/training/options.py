@@ -16,6 +16,13 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
 
+class Optimiser(Enum):
+    """What turns gradients into steps (`hasten.training.optimiser`)."""
+
+    muon = "muon"
+    adamw = "adamw"
+
+
 @dataclass
 class Training:
     """Steps, not minutes, so that the same seed gives the same weights.
@@ -33,6 +40,7 @@ class Training:
     batch_size: int = 16
     accumulate: int = 1
     sequence_length: int = 256
+    optimiser: Optimiser = Optimiser.muon
     learning_rate: float = 1e-3
     warmup_fraction: float = 0.05
     final_learning_rate_fraction: float = 0.1
@@ -49,20 +57,23 @@ class Training:
     log_every_steps: int = 10
 
     def __post_init__(self) -> None:
-        if (self.steps > 0) == (self.epochs > 0):
+        if (self.steps > 0) == (self.epochs > 0) or min(self.steps, self.epochs) < 0:
             raise UserError(
                 f"training needs either steps or epochs above 0, got steps={self.steps} and epochs={self.epochs}"
             )
-        for name in ("batch_size", "accumulate", "validate_every_steps", "checkpoint_every_steps", "log_every_steps"):
+        every = ("validate_every_steps", "checkpoint_every_steps", "log_every_steps")
+        for name in ("batch_size", "accumulate", "validation_tokens", *every):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} must be at least 1, got {getattr(self, name)}")
         if self.sequence_length < 2:
             raise UserError(f"training.sequence_length must be at least 2, got {self.sequence_length}")
         if not 0 < self.learning_rate < 10:
             raise UserError(f"training.learning_rate must lie between 0 and 10, got {self.learning_rate}")
-        for name in ("warmup_fraction", "final_learning_rate_fraction"):
+        for name in ("warmup_fraction", "final_learning_rate_fraction", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"training.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        if not 0 <= self.threads <= 4096:
+            raise UserError(f"training.threads must be 0 (all cores) to 4096, got {self.threads}")
         if self.gradient_clip < 0 or self.weight_decay < 0:
             raise UserError("training.gradient_clip and training.weight_decay must be 0 or more")
         if self.accelerator not in ("auto", "cpu", "cuda"):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from hasten.artifacts import Tokens, replacing
+from hasten.errors import UserError
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Decoder
 from hasten.model.huggingface import decoder_tensors, save_checkpoint, to_huggingface
@@ -36,6 +37,10 @@ def pretrain(
     """
     reader = load_tokenizer(tokenizer)
     config.vocab_size = config.vocab_size or reader.vocab_size
+    if config.vocab_size < reader.vocab_size:
+        raise UserError(
+            f"model.vocab_size must be 0 or at least the tokenizer's {reader.vocab_size}, got {config.vocab_size}"
+        )
     per_step = options.batch_size * options.accumulate * options.sequence_length
     steps = options.steps or math.ceil(options.epochs * len(tokens.ids("train")) / per_step)
     batches = PackedTokens(
@@ -80,7 +85,7 @@ def held_out(model: Decoder, tokens: Tokens, options: Training) -> dict[str, flo
     """
     ids, offsets, languages = tokens.ids("validation"), tokens.offsets("validation"), tokens.languages("validation")
     length = min(options.sequence_length, len(ids))
-    sequences = min(len(ids), options.validation_tokens) // length
+    sequences = max(1, min(len(ids), options.validation_tokens) // length)
     owners = languages[np.searchsorted(offsets[1:], np.arange(sequences * length), side="right")]
     rows = torch.from_numpy(ids[: sequences * length].astype(np.int64)).view(sequences, length)
     device = next(model.parameters()).device

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hasten.artifacts import Tokens, load_checkpoint
+from hasten.errors import UserError
+from hasten.model.decoder import Decoder
+from hasten.model.huggingface import load_decoder
+from hasten.training.loop import Fitted
+from hasten.training.loss import token_losses
+from hasten.training.pretraining import held_out, pretrain
+from tests.tiny import Curves, decoder, shape, training, write_tokenizer, write_tokens
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pretraining")
+    write_tokens(folder / "tokens")
+    write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+def trained(data: Path, target: Path, metrics: Curves | None = None, vocab_size: int = 0, **changes: Any) -> Fitted:
+    return pretrain(
+        Tokens(data / "tokens"),
+        data / "tokenizer",
+        shape(vocab_size=vocab_size),
+        training(**changes),
+        seed=3,
+        scratch=target.with_name("scratch"),
+        target=target,
+        metrics=metrics or Curves(),
+    )
+
+
+def test_a_base_model_learns_its_text_and_is_saved_with_its_tokenizer(data: Path, tmp_path: Path) -> None:
+    curves = Curves()
+    result = trained(data, tmp_path / "base", curves, steps=40, validate_every_steps=10)
+    loss = curves.curve("validation_loss")
+    assert list(loss) == [10, 20, 30, 40]
+    assert loss[40] < 0.6 * loss[10] < math.log(100)
+    checkpoint = load_checkpoint(tmp_path / "base")
+    model = load_decoder(checkpoint).eval()
+    assert model.config.vocab_size == 100  # the tokenizer's
+    assert held_out(model, Tokens(data / "tokens"), training()) == pytest.approx(result.validation)
+    facts = {key: checkpoint.manifest[key] for key in ("stage", "steps", "tokens", "grid", "validation")}
+    validation = result.validation
+    assert facts == {"stage": "pretrain", "steps": 40, "tokens": 2560, "grid": None, "validation": validation}
+    assert (tmp_path / "base" / "tokenizer.json").read_bytes() == (data / "tokenizer" / "tokenizer.json").read_bytes()
+    assert checkpoint.config["eos_token_id"] == 1
+
+
+def test_the_same_seed_gives_the_same_artifact_bytes(data: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        trained(data, tmp_path / name / "base")
+    assert load_checkpoint(tmp_path / "a/base").hash == load_checkpoint(tmp_path / "b/base").hash
+
+
+def test_epochs_become_steps_over_the_whole_text(data: Path, tmp_path: Path) -> None:
+    result = trained(data, tmp_path / "base", steps=0, epochs=2, batch_size=32, accumulate=2, validate_every_steps=99)
+    assert result.steps == math.ceil(2 * 4000 / (32 * 2 * 16))
+    assert result.tokens == result.steps * 32 * 2 * 16
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.vocab_size must be 0 or at least the tokenizer's 100, got 99"):
+        trained(data, tmp_path / "base", vocab_size=99)
+    assert not (tmp_path / "base").exists()
+
+
+def test_text_shorter_than_a_sequence_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="sequence_length must fit the train split, got 5000"):
+        trained(data, tmp_path / "base", sequence_length=5000)
+
+
+def uniform() -> Decoder:
+    """Every token equally likely."""
+    model = decoder(shape(tied_head=False))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    return model
+
+
+def test_bits_per_byte_of_a_uniform_model_are_its_tokens_bits_over_each_languages_bytes(data: Path) -> None:
+    figures = held_out(uniform(), Tokens(data / "tokens"), training())
+    assert figures["validation_loss"] == pytest.approx(math.log(100))
+    assert figures["bits_per_byte_en"] == pytest.approx(math.log2(100) / 2)  # 2 bytes a token
+    assert figures["bits_per_byte_zh"] == pytest.approx(math.log2(100) / 3)
+
+
+def test_each_languages_figure_comes_from_its_own_documents(data: Path, tmp_path: Path) -> None:
+    tokens = write_tokens(tmp_path / "tokens", validation=160)
+    ids = np.asarray(tokens.ids("validation")).astype(np.int64).reshape(10, 16)
+    model = decoder(spread=0.1)
+    with torch.inference_mode():
+        losses = token_losses(model(torch.from_numpy(ids)), torch.from_numpy(ids)).numpy().reshape(-1)
+    place = np.arange(160)
+    for code, language in enumerate(("en", "zh")):
+        own = (place // 20 % 2 == code) & (place % 16 > 0)  # documents of 20 tokens; a row's first is not predicted
+        expected = losses[own].mean() / math.log(2) / (2 + code)
+        with torch.no_grad():
+            assert held_out(model, tokens, training())[f"bits_per_byte_{language}"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("validation", "tokens"), [(5, 65536), (400, 3), (17, 65536)])
+def test_little_held_out_text_or_a_small_limit_still_gives_a_figure(
+    tmp_path: Path, validation: int, tokens: int
+) -> None:
+    text = write_tokens(tmp_path / "tokens", validation=validation)
+    figures = held_out(uniform(), text, training(validation_tokens=tokens))
+    assert figures["validation_loss"] == pytest.approx(math.log(100))
+
+
+def test_validation_scores_no_more_than_its_limit(data: Path) -> None:
+    rows = []
+    model = decoder()
+    model.register_forward_hook(lambda module, args, output: rows.append(args[0].shape))
+    held_out(model, Tokens(data / "tokens"), training(validation_tokens=100, batch_size=4))
+    assert [tuple(shape) for shape in rows] == [(4, 16), (2, 16)]  # 6 x 16 = 96 tokens
+
+
+def test_a_stage_ended_by_sigterm_exits_with_143_and_has_saved_but_exported_nothing(data: Path, tmp_path: Path) -> None:
+    """The real entry point: its own signal handler, Lightning's, the run's record and MLflow together."""
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts/p").symlink_to(data)
+    (tmp_path / "conf").symlink_to(ROOT / "conf")
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    options = [f"training.{key}={value}" for key, value in LONG.items()] + [f"model.{k}={v}" for k, v in SMALL.items()]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "pipelines/pretrain.py"), "plan=p", *options],
+        cwd=tmp_path,
+        env={**os.environ, "MLFLOW_TRACKING_URI": store, "PYTHONPATH": str(ROOT / "src")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if "step 20/" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stderr.read()
+        assert process.wait(60) == 143, rest
+    finally:
+        process.kill()
+    assert "Traceback" not in rest
+    saved = list((tmp_path / ".work/fits").glob("pretrain-*/last.ckpt"))
+    assert len(saved) == 1
+    assert torch.load(saved[0], weights_only=False)["global_step"] >= 20
+    assert not (tmp_path / "artifacts/p/checkpoints").exists()
+    assert not (tmp_path / "artifacts/p/runs").exists()
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(store)
+    runs = client.search_runs([client.get_experiment_by_name("hasten").experiment_id])
+    assert [(run.info.run_name, run.info.status) for run in runs] == [("pretrain", "KILLED")]
+
+
+LONG = {
+    "steps": 1_000_000,
+    "batch_size": 2,
+    "sequence_length": 16,
+    "threads": 1,
+    "log_every_steps": 1,
+    "precision": "float32",
+}
+SMALL = {"layers": 1, "hidden_size": 16, "heads": 2, "kv_heads": 1, "feed_forward_size": 16}
