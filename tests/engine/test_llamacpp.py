@@ -183,7 +183,7 @@ def test_a_session_closed_in_the_middle_ends_its_streams(variant, cache):
 
 
 def test_slots_run_requests_side_by_side_with_the_same_answers(variant, cache, loaded):
-    requests = [Request(i, prompt(8 + i, i), 200) for i in range(2)]
+    requests = [Request(i, prompt(8 + i, i), 100) for i in range(2)]
     expected = [ids(loaded.submit(request)) for request in requests]
     with session(variant, cache, slots=2) as engine:
         streams = [engine.submit(request) for request in requests]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ def make_variant(
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{method.name} made NaN or infinite values in {tensor} of variant {name}")
     lineage = parent.lineage if isinstance(parent, Variant) else []
-    options: dict[str, Any] = {key: getattr(method, key) for key in method.__dataclass_fields__}
+    options: dict[str, Any] = {field.name: getattr(method, field.name) for field in fields(method)}
     manifest = {
         "kind": "variant",
         "name": name,

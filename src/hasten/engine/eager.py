@@ -8,6 +8,7 @@ loaded: right for comparing answers, labelled as such, and never a candidate for
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Eager(Engine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.devices) != 1 or not self.devices[0].startswith(("cpu", "cuda")):
+        if len(self.devices) != 1 or not re.fullmatch(r"cpu|cuda(:\d+)?", self.devices[0]):
             raise UserError(f"engine.devices must be one of [cpu], [cuda:0], got {self.devices}")
         if self.activation_dtype not in (Dtype.auto, self.weights):
             raise UserError(

@@ -55,7 +55,7 @@ def confirm(
 
     outcomes: dict[str, Outcome] = {}
     rows: list[Row] = []
-    for trial in dict.fromkeys(trial for names in trials.values() for trial in names):
+    for trial in trials_of(finalists):
         outcomes[trial] = measure(replace(jobs[trial], splits=("test",), scenarios={}))
         rows += [{"trial": trial, **row} for row in outcomes[trial].predictions]
 
@@ -67,6 +67,11 @@ def confirm(
         rounds.take_turns(blocks // 2, measure, clock, deadline)
         scenarios[name] = {"reference": finalists["scenarios"][name]["reference"], **rounds.record(blocks)}
     return {"schema": SCHEMA, "plan": finalists.get("plan"), "scenarios": scenarios}, rows
+
+
+def trials_of(finalists: Json) -> list[str]:
+    """Every trial that is to be confirmed, in any scenario, once."""
+    return list(dict.fromkeys(trial for entry in finalists["scenarios"].values() for trial in _trials(entry)))
 
 
 def _trials(entry: Json) -> list[str]:

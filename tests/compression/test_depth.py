@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hasten.artifacts import Variant
+from hasten.compression.base import Calibration
+from hasten.compression.depth import Depth, block_influence
+from hasten.compression.make import make_variant
+from hasten.compression.rtn import Rtn
+from hasten.engine.base import Request
+from hasten.engine.eager import Eager
+from hasten.errors import UserError
+from hasten.model.decoder import Decoder
+from hasten.model.huggingface import load_decoder
+from tests.tiny import decoder, shape, write_variant
+
+TEXT = Calibration(torch.randint(100, (12, 16), generator=torch.Generator().manual_seed(0)), "text")
+
+
+def with_idle_blocks(*idle: int, layers: int = 4, leak: float = 0.0) -> Decoder:
+    """Blocks that (nearly) pass their input on."""
+    model = decoder(shape(layers=layers), spread=0.2)
+    with torch.no_grad():
+        for layer in idle:
+            model.model.layers[layer].self_attn.o_proj.weight.mul_(leak)
+            model.model.layers[layer].mlp.down_proj.weight.mul_(leak)
+    return model
+
+
+def dropped(tmp_path: Path, model: Decoder, drop: int = 1) -> Variant:
+    parent = write_variant(tmp_path / "baseline", model)
+    return make_variant(Depth(drop), parent, TEXT, name="shallow", target=tmp_path / "shallow", seed=0)[0]
+
+
+@pytest.mark.parametrize("idle", [0, 1, 2, 3])
+def test_the_block_that_changes_least_is_dropped_wherever_it_is(tmp_path: Path, idle: int) -> None:
+    model = with_idle_blocks(idle, leak=0.05)
+    variant = dropped(tmp_path, model)
+    notes = variant.manifest["notes"]
+    assert notes["dropped"] == [idle]
+    assert min(notes["influence"]) == notes["influence"][idle]
+    kept = [layer for layer in range(4) if layer != idle]
+    loaded = load_decoder(variant)
+    assert loaded.config.layers == 3
+    for new, old in enumerate(kept):  # renumbered, in their old order
+        theirs = model.model.layers[old].state_dict()
+        assert all(torch.equal(v, theirs[name]) for name, v in loaded.model.layers[new].state_dict().items())
+
+
+def test_dropping_blocks_that_do_nothing_changes_no_logit(tmp_path: Path) -> None:
+    model = with_idle_blocks(1, 3)
+    variant = dropped(tmp_path, model, drop=2)
+    assert variant.manifest["notes"]["dropped"] == [1, 3]
+    with torch.inference_mode():
+        assert torch.equal(load_decoder(variant).eval()(TEXT.ids), model(TEXT.ids))
+
+
+def test_influence_is_one_minus_the_mean_cosine_over_all_tokens_whatever_the_batches() -> None:
+    model = with_idle_blocks(2)
+    scores = block_influence(model, TEXT.ids)
+    assert scores[2] == pytest.approx(0, abs=1e-9)
+    with torch.inference_mode():
+        x = model.model.embed_tokens(TEXT.ids)
+        from hasten.model.decoder import rotary
+
+        y = model.model.layers[0](x, *rotary(torch.arange(16), 8, 10000.0), None)
+    expected = 1 - float(torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1).mean())
+    assert scores[0] == pytest.approx(expected, rel=1e-5)
+    assert scores[0] > 0.05
+    assert block_influence(model, TEXT.ids, batch_size=5) == pytest.approx(scores, rel=1e-5)
+
+
+def test_watching_influence_leaves_no_hooks_behind() -> None:
+    model = decoder()
+    block_influence(model, TEXT.ids)
+    assert not any(layer._forward_hooks for layer in model.model.layers)
+
+
+def test_a_shallow_model_generates_and_can_be_quantised_in_turn(tmp_path: Path) -> None:
+    shallow = dropped(tmp_path, decoder(shape(layers=3)))
+    child, _ = make_variant(Rtn(bits=8), shallow, None, name="shallow-int8", target=tmp_path / "both", seed=0)
+    assert child.lineage == ["baseline", "shallow", "shallow-int8"]
+    for variant in (shallow, child):
+        assert len(list(Eager(threads=1).load(variant, tmp_path).submit(Request(0, (5, 6), 4)))) == 4
+
+
+def test_the_same_text_drops_the_same_block_in_the_same_bytes(tmp_path: Path) -> None:
+    model = decoder(shape(layers=3))
+    first, second = (dropped(tmp_path / name, model) for name in ("a", "b"))
+    assert first.hash == second.hash
+
+
+@pytest.mark.parametrize("drop", [0, -1])
+def test_dropping_nothing_is_refused(drop: int) -> None:
+    with pytest.raises(UserError, match=rf"compression\.drop must be at least 1, got {drop}"):
+        Depth(drop)
+
+
+def test_dropping_every_block_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"compression\.drop must be below the parent's 2 layers, got 2"):
+        dropped(tmp_path, decoder(), drop=2)
+
+
+def test_depth_needs_text_and_a_float_parent(tmp_path: Path) -> None:
+    parent = write_variant(tmp_path / "baseline")
+    with pytest.raises(UserError, match="depth needs calibration text"):
+        Depth().compress(parent, None, 0)
+    quantised, _ = make_variant(Rtn(), parent, None, name="q", target=tmp_path / "q", seed=0)
+    with pytest.raises(UserError, match=r"depth needs a float parent, got .* which is quantised; prune first"):
+        Depth().compress(quantised, TEXT, 0)
