@@ -11,9 +11,12 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from inspect import isabstract
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -45,7 +48,7 @@ def discover(axis: str) -> dict[str, type]:
             continue
         module = importlib.import_module(f"hasten.{axis}.{module_info.name}")
         component = getattr(module, camel_case(module_info.name), None)
-        if isinstance(component, type) and hasattr(component, "__dataclass_fields__"):
+        if isinstance(component, type) and is_dataclass(component) and not isabstract(component):
             found[module_info.name] = component
     return found
 
@@ -142,9 +145,14 @@ def unknown_keys(composed: Any, value: Any, prefix: str = "") -> list[str]:
     found: list[str] = []
     for key in composed:
         child = value.get(key) if isinstance(value, dict) else getattr(value, str(key), None)
-        known = isinstance(value, dict) or key in getattr(value, "__dataclass_fields__", {})
+        known = isinstance(value, dict) or key in options_of(value)
         found += unknown_keys(composed._get_node(key), child, f"{prefix}{key}.") if known else [f"{prefix}{key}"]
     return found
+
+
+def options_of(component: Any) -> set[str]:
+    """The names of a dataclass' fields; what it shares with its class is no option."""
+    return {field.name for field in fields(component)} if is_dataclass(component) else set()
 
 
 def fail(stage_name: str, sentence: str) -> NoReturn:
@@ -192,6 +200,7 @@ def user_sentence(error: BaseException) -> str | None:
         message = str(link)
         for end in ends:
             message = message.split(end)[0]
+        message = re.sub(r"\s*\bbase_\w+", "", message)  # schemas are no choices
         if message and "$" not in message:
             parts.append(" ".join(message.split()))
     return ": ".join(dict.fromkeys(parts)) or type(error).__name__

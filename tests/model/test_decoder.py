@@ -136,20 +136,30 @@ def test_a_tied_head_is_the_embedding_itself() -> None:
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight
 
 
-def test_initial_weights_depend_on_the_seed_alone_and_residual_writers_are_smaller() -> None:
-    first, again, other = (Decoder(shape(layers=8, hidden_size=64, feed_forward_size=256)) for _ in range(3))
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    first, again, other = (Decoder(shape()) for _ in range(3))
     torch.manual_seed(1)
     first.initialise(5)
     torch.manual_seed(2)  # the global generator plays no part
     again.initialise(5)
     other.initialise(6)
-    name = "model.layers.0.mlp.down_proj.weight"
     weights = first.state_dict()
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in weights.items())
-    assert not torch.equal(weights[name], other.state_dict()[name])
-    assert weights["model.layers.0.mlp.up_proj.weight"].std() == pytest.approx(0.02, rel=0.05)
-    assert weights[name].std() == pytest.approx(0.02 / 4, rel=0.05)  # sqrt(2 x 8 blocks) = 4
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in weights.items())
+    assert not torch.equal(weights["model.embed_tokens.weight"], other.state_dict()["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_block_starts_as_the_identity_and_keeps_unit_variance_within(tied: bool) -> None:
+    model = Decoder(shape(layers=3, hidden_size=64, feed_forward_size=256, tied_head=tied, initializer_range=0.05))
+    model.initialise(0)
+    weights = model.state_dict()
+    assert weights["model.embed_tokens.weight"].std() == pytest.approx(0.05, rel=0.05)
+    assert weights["lm_head.weight"].std() == pytest.approx(0.05, rel=0.05)
+    assert weights["model.layers.0.mlp.up_proj.weight"].std() == pytest.approx(1 / 8, rel=0.05)  # 64 wide
     assert torch.equal(weights["model.norm.weight"], torch.ones(64))
+    ids = torch.randint(100, (1, 8))
+    with torch.inference_mode():
+        assert torch.equal(model.model(ids), model.model.norm(model.model.embed_tokens(ids)))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hasten.training import loop
 from hasten.training.data import PackedTokens
 from hasten.training.loop import Fitted, fit
 from hasten.training.module import LanguageModel
-from hasten.training.options import Precision
+from hasten.training.options import Optimiser, Precision
 from tests.tiny import Curves, decoder, training, write_tokens
 
 Weights = dict[str, Tensor]
@@ -110,8 +110,9 @@ def test_training_learns_and_says_what_it_did(folder: Path, tmp_path: Path) -> N
 
 def test_accumulating_two_half_batches_is_one_step_on_the_whole(folder: Path, tmp_path: Path) -> None:
     curves = Curves()
-    whole, _ = fitted(folder, tmp_path / "a", batch_size=4)
-    halves, result = fitted(folder, tmp_path / "b", batch_size=2, accumulate=2, metrics=curves)
+    plain = {"optimiser": Optimiser.adamw}  # Muon's bfloat16 arithmetic would magnify the last bits
+    whole, _ = fitted(folder, tmp_path / "a", batch_size=4, **plain)
+    halves, result = fitted(folder, tmp_path / "b", batch_size=2, accumulate=2, metrics=curves, **plain)
     assert result.steps == 12
     assert list(curves.curve("train_loss")) == [2, 4, 6, 8, 10, 12]
     assert not same(whole, halves)  # the sums are in another order

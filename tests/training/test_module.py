@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hasten.errors import UserError
 from hasten.training.module import LanguageModel, learning_rate_factor
-from tests.tiny import decoder, shape, training
+from tests.tiny import decoder, training
 
 
 def test_the_learning_rate_rises_linearly_then_falls_along_a_cosine_to_its_final_fraction() -> None:
@@ -35,25 +35,6 @@ def test_the_learning_rate_is_never_above_its_peak_nor_zero_in_warm_up(
     options = training(warmup_fraction=warmup, final_learning_rate_fraction=final)
     assert 0 <= learning_rate_factor(step, steps, options) <= 1
     assert learning_rate_factor(0, steps, options) > 0
-
-
-def test_only_matrices_decay_and_a_tied_head_is_optimised_once() -> None:
-    module = LanguageModel(decoder(shape(tied_head=True)), training(weight_decay=0.3), steps=10)
-    decayed, kept = module.configure_optimizers()["optimizer"].param_groups
-    assert decayed["weight_decay"] == 0.3
-    assert kept["weight_decay"] == 0
-    assert {p.dim() for p in decayed["params"]} == {2}
-    assert {p.dim() for p in kept["params"]} == {1}
-    everything = [id(p) for p in [*decayed["params"], *kept["params"]]]
-    assert len(everything) == len(set(everything)) == len(list(module.model.parameters()))
-
-
-def test_frozen_weights_are_not_optimised() -> None:
-    model = decoder()
-    model.requires_grad_(False)
-    model.model.norm.weight.requires_grad_(True)
-    groups = LanguageModel(model, training(), steps=1).configure_optimizers()["optimizer"].param_groups
-    assert [len(group["params"]) for group in groups] == [0, 1]
 
 
 @pytest.mark.parametrize(("limit", "norm_after"), [(0.5, 0.5), (0.0, None)])

@@ -93,9 +93,8 @@ def test_text_shorter_than_a_sequence_is_refused(data: Path, tmp_path: Path) -> 
 
 def uniform() -> Decoder:
     """Every token equally likely."""
-    model = decoder(shape(tied_head=False))
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
+    model = decoder(shape(tied_head=False)).requires_grad_(False)
+    model.lm_head.weight.zero_()
     return model
 
 

@@ -46,7 +46,8 @@ def tell(measurement: Json) -> None:
     """One line on stderr: what came of a trial."""
     console = Console(stderr=True, highlight=False)
     if measurement["status"] != "ok":
-        console.print(f"{measurement['trial']}: {measurement['status']}: {measurement['error']}", style="red")
+        line = f"{measurement['trial']}: {measurement['status']}: {measurement['error']}"
+        console.print(line, style="red", soft_wrap=True)
         return
     parts = [f"{measurement['trial']} ({measurement['kernel']})"]
     whole = (measurement["pooled"] or {}).get("validation")
@@ -56,4 +57,4 @@ def tell(measurement: Json) -> None:
         rate = entry.get("decode_tokens_per_second")
         speed = f", {rate:,.0f} tokens/s decode" if rate else ""
         parts.append(f"{scenario} {entry['headline']} {entry[entry['headline']]:.4g}{speed} ({entry['validity']})")
-    console.print("  ".join(parts))
+    console.print("  ".join(parts), soft_wrap=True)

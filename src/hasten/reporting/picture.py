@@ -6,6 +6,7 @@ The band below the reference is the margin of non-inferiority: what lies inside 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,12 +154,15 @@ def _labels(
     roles = {entry["reference"]: " (reference)"} | {entry["champion"]: " (champion)"}
     if entry["reference"] == entry["champion"]:
         roles = {entry["reference"]: " (reference, kept)"}
+    shown = Counter((point.variant, point.engine) for point in candidates)
     texts = []
     for point in candidates:
         x, y = point.ratio(reference.figure.value).value, 100 * point.accuracy.value
         role = roles.get(point.trial, "")
         weight = "bold" if role else "normal"
-        text = axes.text(x, y, point.variant + role, fontsize=9.5, color=looks[point.engine][0], fontweight=weight)
+        # A variant twice on one engine (with other options) is told apart by its trial's name.
+        name = point.variant if shown[point.variant, point.engine] == 1 else point.trial
+        text = axes.text(x, y, name + role, fontsize=9.5, color=looks[point.engine][0], fontweight=weight)
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         texts.append(text)
     if (figure := axes.get_figure(root=True)) is not None:

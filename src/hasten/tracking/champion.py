@@ -13,7 +13,7 @@ from typing import Any
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-MAX_TOKENS = 64
+from hasten.tracking.registry import MAX_TOKENS
 
 
 class Champion(PythonModel):

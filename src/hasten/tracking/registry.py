@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import warnings
 from pathlib import Path
@@ -12,6 +11,7 @@ from hasten.artifacts import Json, load_checkpoint, read_json, write_json
 from hasten.tracking.store import connect, uri
 
 ALIAS = "champion"
+MAX_TOKENS = 64  # of an answer, where the caller asks for no other number (`params={"max_tokens": ...}`)
 
 
 def register_champions(verdict_path: Path) -> list[str]:
@@ -64,8 +64,9 @@ def _register(name: str, verdict: Json, entry: Json, measured: Json) -> bool:
 def _log_model(name: str, experiment: str, folder: Path, measured: Json) -> Any:
     """Log the champion as code plus its files; the new version's number."""
     import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec
 
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")
     mlflow.set_tracking_uri(uri())
     mlflow.set_experiment(experiment_id=experiment)
@@ -77,6 +78,7 @@ def _log_model(name: str, experiment: str, folder: Path, measured: Json) -> Any:
             python_model=str(Path(__file__).with_name("champion.py")),
             artifacts={"variant": str(folder), "engine": str(engine)},
             registered_model_name=name,
+            signature=ModelSignature(params=ParamSchema([ParamSpec("max_tokens", "long", MAX_TOKENS)])),
             pip_requirements=["hasten"],
         )
     return logged.registered_model_version

@@ -214,11 +214,16 @@ def _tracked(content: Json, stage: str, record: Path | None) -> Iterator[Run]:
 
 
 def over_budget(stage: str, seconds: float) -> None:
-    """Tell the user when a stage took longer than its plan allows."""
+    """Tell the user when a stage took longer than its plan allows. A plan that cannot be read has no budget."""
     import yaml
 
     path = Path("params.yaml")
-    budget = (yaml.safe_load(path.read_text()) or {}).get("budget_seconds", {}).get(stage) if path.exists() else None
+    try:
+        plan = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        plan = None
+    budgets = plan.get("budget_seconds") if isinstance(plan, dict) else None
+    budget = budgets.get(stage) if isinstance(budgets, dict) else None
     if budget and seconds > budget:
         sys.stderr.write(f"{stage} took {seconds:.0f} s, the plan's budget is {budget} s\n")
 

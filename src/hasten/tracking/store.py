@@ -25,12 +25,14 @@ def connect() -> tuple[Any, str]:
     """A client and the experiment's id. Raises `UserError` if the store cannot be read and written."""
     import logging
 
-    for noisy in ("alembic", "mlflow"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
+    for noisy in ("alembic", "mlflow"):  # after the import, which sets levels of its own
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # as an error MLflow logs a traceback for what is raised
+
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT)
+    refuse_unwritable_file(uri())
     try:
         client = MlflowClient(uri())
         experiment = client.get_experiment_by_name(name)
@@ -40,13 +42,23 @@ def connect() -> tuple[Any, str]:
         else:
             identity = experiment.experiment_id
         client.set_experiment_tag(identity, "hasten", "speed and accuracy of every variant")
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, ImportError) as error:  # a database's driver may not be installed
         raise UserError(f"the MLflow store {uri()} cannot be used: {first_line(error)}") from None
     except Exception as error:  # SQLAlchemy's errors share no base with MLflow's
         if not type(error).__module__.startswith("sqlalchemy"):
             raise
         raise UserError(f"the MLflow store {uri()} cannot be used: {first_line(error)}") from None
     return client, str(identity)
+
+
+def refuse_unwritable_file(store: str) -> None:
+    """Say at once what MLflow would say after ten attempts and a hundred seconds. Raises `UserError`."""
+    path = Path(store.removeprefix("sqlite:///").split("?")[0])
+    if not store.startswith("sqlite:///") or store.startswith("sqlite:///file:"):
+        return
+    there = path if path.exists() else path.parent
+    if path.is_dir() or (there.exists() and not os.access(there, os.W_OK)):
+        raise UserError(f"the MLflow store {store} cannot be used: {there} is not a file that can be written")
 
 
 def first_line(error: BaseException) -> str:

@@ -198,7 +198,7 @@ class Watch(Callback):
         if self.progress:
             self.progress.update(self.bar, completed=step, description=line)
         elif step % (self.options.log_every_steps * 10) == 0 or step == self.steps:
-            self.console.print(f"{line} step {step}/{self.steps}", highlight=False)
+            self.console.print(f"{line} step {step}/{self.steps}", highlight=False, soft_wrap=True)
 
     def log_validation(self, module: LanguageModel, step: int) -> None:
         began = time.perf_counter()
@@ -208,7 +208,7 @@ class Watch(Callback):
         module.train()
         self.metrics.metrics(self.validation, step)
         shown = "  ".join(f"{name} {value:.3f}" for name, value in self.validation.items())
-        self.console.print(f"{self.title} step {step}/{self.steps}  {shown}", highlight=False)
+        self.console.print(f"{self.title} step {step}/{self.steps}  {shown}", highlight=False, soft_wrap=True)
         self.mark = (self.mark[0] + time.perf_counter() - began, self.mark[1])  # validation is not training time
 
     def on_exception(

@@ -28,17 +28,21 @@ def build_optimiser(model: nn.Module, options: Training) -> torch.optim.Optimize
     muon = options.optimiser is Optimiser.muon and matrices
     if not muon and matrices:
         plain.insert(0, {"params": matrices, "weight_decay": options.weight_decay})
-    adamw = torch.optim.AdamW(plain, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
-    if not muon:
-        return adamw
-    orthogonal = torch.optim.Muon(
-        matrices,
-        lr=options.learning_rate,
-        weight_decay=options.weight_decay,
-        momentum=0.95,
-        adjust_lr_fn="match_rms_adamw",  # updates of AdamW's size, so that one learning rate serves both
-    )
-    return Together([orthogonal, adamw])
+    parts: list[torch.optim.Optimizer] = []
+    if plain:
+        betas = (options.beta1, options.beta2)
+        parts.append(torch.optim.AdamW(plain, lr=options.learning_rate, betas=betas, fused=True))
+    if muon:
+        parts.append(
+            torch.optim.Muon(
+                matrices,
+                lr=options.learning_rate,
+                weight_decay=options.weight_decay,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",  # updates of AdamW's size, so that one learning rate serves both
+            )
+        )
+    return parts[0] if len(parts) == 1 else Together(parts)
 
 
 class Together(torch.optim.Optimizer):
