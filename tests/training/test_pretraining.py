@@ -130,7 +130,7 @@ def test_little_held_out_text_or_a_small_limit_still_gives_a_figure(
 
 def test_validation_scores_no_more_than_its_limit(data: Path) -> None:
     rows = []
-    model = decoder()
+    model = decoder().requires_grad_(False)
     model.register_forward_hook(lambda module, args, output: rows.append(args[0].shape))
     held_out(model, Tokens(data / "tokens"), training(validation_tokens=100, batch_size=4))
     assert [tuple(shape) for shape in rows] == [(4, 16), (2, 16)]  # 6 x 16 = 96 tokens
