@@ -1,6 +1,6 @@
 # hasten: the two commands a newcomer needs are `make repro` and `make test`.
 # Every target creates .venv and installs into it when pyproject.toml or constraints.txt changed.
-#   PLAN=name        the study to run (conf/plan/name.yaml)         default: the one in params.yaml
+#   PLAN=name        the study to run (conf/plans/name.yaml)         default: the one in params.yaml
 #   PIP_ARGS="..."   passed to pip, for example an index with CPU-only torch wheels
 #   PYTHON=python3   the interpreter that creates .venv (3.11 or 3.12)
 

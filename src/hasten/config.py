@@ -27,10 +27,11 @@ Root = TypeVar("Root")
 
 AXES = ("corpus", "task", "tokenizer", "tuning", "compression", "engine", "scenario")
 
-# Everything that phones home by default, switched off in one place, before anything is imported.
+# Everything that phones home by default is switched off, in one place, before anything is imported.
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the default waits four minutes for a server that is not there
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",

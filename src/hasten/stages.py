@@ -37,6 +37,12 @@ def check_name(field_name: str, value: str) -> None:
         raise UserError(f"{field_name} must be letters, digits, '-' and '_', got {value!r}")
 
 
+def check_parent(value: str) -> None:
+    """A parent lies below the plan's artifacts."""
+    if Path(value).is_absolute() or ".." in Path(value).parts:
+        raise UserError(f"parent must be a folder of the plan, such as variants/baseline, got {value!r}")
+
+
 @dataclass
 class Stage:
     """What every stage has: the plan's name (a folder) and the seed of everything random."""
@@ -133,8 +139,7 @@ class Compress(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_name("name", self.name)
-        if Path(self.parent).is_absolute() or ".." in Path(self.parent).parts:
-            raise UserError(f"parent must be a folder of the plan, such as variants/baseline, got {self.parent!r}")
+        check_parent(self.parent)
 
 
 @dataclass
@@ -212,6 +217,10 @@ class Sweep(Stage):
     engine: Engine = MISSING
     scenario: dict[str, Scenario] = field(default_factory=dict)
     timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_parent(self.parent)
 
     def variant_name(self, overrides: list[str]) -> str:
         """What this job's variant is called: the method and the values it was given, such as `rtn-bits4`."""

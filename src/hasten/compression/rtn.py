@@ -3,7 +3,8 @@
 For each group of `group_size` neighbouring weights the scale spreads the largest magnitude over the
 grid, s = max|w| / ((2^b - 1) / 2), and every weight goes to its nearest grid point (Nagel et al.
 2021, arXiv:2106.08295). Decoding reads 4 to 8 times fewer weight bytes, which is where the speed
-comes from; the error is at most half a step per weight, which 8 bits hide and 4 bits may not.
+comes from; the error is about half a step per weight at most (the largest may be clipped by
+a little more), which 8 bits hide and 4 bits may not.
 
 Try it: python pipelines/sweep.py -m compression=rtn compression.bits=4,8 engine=eager,llamacpp
 """
