@@ -16,6 +16,7 @@ def main() -> None:
     from hasten.tracking.registry import register_champions
     from hasten.tracking.run import replay
     from hasten.tracking.store import uri
+    from hasten.tracking.view import share_view
 
     console = Console()
     try:
@@ -24,6 +25,7 @@ def main() -> None:
             replay(record)
         for verdict in sorted(Path("reports").glob("*/verdict.json")):
             register_champions(verdict)
+            share_view(verdict)
     except UserError as error:
         fail("publish", str(error))
     console.print(f"{len(records)} runs are in {uri()}")

@@ -14,6 +14,7 @@ def main(config: Report) -> None:
     from hasten.tracking import track
     from hasten.tracking.registry import register_champions
     from hasten.tracking.run import annotate
+    from hasten.tracking.view import share_view
 
     plan = load_plan()
     names = ("finalists.json", "confirmation.json", "confirmation.parquet", "measurements")
@@ -28,6 +29,7 @@ def main(config: Report) -> None:
         for trial, (tags, figures) in facts.items():
             annotate(config.record("evaluate", trial), tags, figures)
         register_champions(config.reports / "verdict.json")
+        share_view(config.reports / "verdict.json")
 
 
 if __name__ == "__main__":
