@@ -20,10 +20,13 @@ def main() -> None:
 
     console = Console()
     try:
-        records = sorted(Path("artifacts").glob("*/runs/*.json")) + sorted(Path("reports").glob("*/run.json"))
+        # Plans that were run here; a report that came with the repository is somebody else's run.
+        plans = sorted(path.parent.name for path in Path("artifacts").glob("*/runs"))
+        records = [record for plan in plans for record in sorted(Path("artifacts", plan, "runs").glob("*.json"))]
+        records += [record for plan in plans if (record := Path("reports", plan, "run.json")).is_file()]
         for record in records:
             replay(record)
-        for verdict in sorted(Path("reports").glob("*/verdict.json")):
+        for verdict in [found for plan in plans if (found := Path("reports", plan, "verdict.json")).is_file()]:
             register_champions(verdict)
             share_view(verdict)
     except UserError as error:
