@@ -178,7 +178,7 @@ class Decoder(nn.Module):
 
         Embeddings are normal with `initializer_range`; matrices are normal with 1 / sqrt(input width), so that what
         goes in with unit variance comes out with it; matrices that write into the residual stream start at zero, so
-        that every block starts as the identity. Against 0.02 everywhere this saves half of the steps to a given loss.
+        that every block starts as the identity. Measured: benchmarks/fits.py.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
