@@ -1,4 +1,4 @@
-"""Make a variant from a parent: artifacts/<plan>/variants/<name>.
+"""Make a variant from a parent, artifacts/<plan>/variants/<name>; how well it predicts: bits_per_byte/<name>.json.
 
 python pipelines/compress.py plan=default name=int4 parent=variants/baseline compression=rtn compression.bits=4
 """
@@ -9,8 +9,9 @@ from hasten.stages import Compress
 
 @stage(Compress)
 def main(config: Compress) -> None:
-    from hasten.artifacts import digest, load_checkpoint
+    from hasten.artifacts import digest, load_checkpoint, write_json
     from hasten.compression.make import calibrated, make_variant
+    from hasten.evaluation import bits_per_byte
     from hasten.tracking import track
 
     parent, method, tokens = (
@@ -18,7 +19,7 @@ def main(config: Compress) -> None:
         config.compression,
         config.folder / "tokens",
     )
-    inputs = {"parent": parent.hash} | ({"tokens": digest(tokens)} if method.needs != "nothing" else {})
+    inputs = {"parent": parent.hash, "tokens": digest(tokens)}
     tags = {"variant": config.name, "method": method.name, "parent": config.parent}
     record = config.record("compress", config.name)
     with track("compress", config, item=config.name, inputs=inputs, tags=tags, record=record) as run:
@@ -27,6 +28,10 @@ def main(config: Compress) -> None:
         variant, cost = make_variant(method, parent, calibration, name=config.name, target=target, seed=config.seed)
         run.tags({"lineage": variant.lineage})
         run.metrics({"artifact_bytes": variant.weight_bytes, **cost})
+        predicted = bits_per_byte.attempt(variant, tokens, config.folder / "tokenizer", config.bits_per_byte)
+        write_json(config.folder / "bits_per_byte" / f"{config.name}.json", predicted)
+        run.metrics(bits_per_byte.metrics(predicted))
+        run.tags(predicted["why"])
 
 
 if __name__ == "__main__":

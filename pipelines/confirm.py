@@ -1,6 +1,6 @@
 """Measure the finalists against the reference, in turns, and on the test split: artifacts/<plan>/confirmation.json.
 
-python pipelines/confirm.py plan=default 'scenario=[qa]'
+python pipelines/confirm.py plan=default
 """
 
 from hasten.config import stage
@@ -21,9 +21,13 @@ def main(config: Confirm) -> None:
         confirmation, rows = confirm(
             finalists,
             jobs,
-            blocks=config.blocks,
+            rounds=config.rounds,
+            passes=config.passes,
+            precision=config.precision_percent / 100,
             budget_seconds=config.time_budget_seconds,
-            timeout_seconds=config.timeout_seconds,
+            limits=config.limits,
+            together=config.together,
+            memory_bytes=config.limits.memory,
         )
         path, predictions = config.folder / "confirmation.json", config.folder / "confirmation.parquet"
         save_predictions(rows, predictions)

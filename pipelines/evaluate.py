@@ -1,4 +1,4 @@
-"""Measure a variant on an engine: artifacts/<plan>/measurements/<name>.json and predictions/<name>.parquet.
+"""Measure a variant on an engine: measurements/<name>.json, predictions/<name>.parquet, continuations/<name>.parquet.
 
     python pipelines/evaluate.py plan=default name=int8-llamacpp variant=int8 engine=llamacpp 'scenario=[qa]'
 
@@ -13,29 +13,32 @@ from hasten.stages import Evaluate
 @stage(Evaluate)
 def main(config: Evaluate) -> None:
     from hasten.artifacts import digest, load_checkpoint, write_json
+    from hasten.evaluation import continuation, quality, trial
+    from hasten.evaluation.bits_per_byte import recorded_bits_per_byte
     from hasten.evaluation.measurement import measurement
-    from hasten.evaluation.quality import save_predictions
-    from hasten.evaluation.summary import build_cost, figures, machine_of, tell
-    from hasten.evaluation.trial import run as run_trial
+    from hasten.evaluation.summary import build_cost, ceilings_of, figures, machine_of, tell
     from hasten.tracking import track
 
-    variant, machine = load_checkpoint(config.folder / "variants" / config.variant), machine_of(config.engine)
-    inputs = {"variant": variant.hash, "tasks": digest(config.folder / "tasks"), "machine": machine["id"]}
+    folder, machine = config.folder, machine_of(config.engine)
+    variant = load_checkpoint(folder / "variants" / config.variant)
+    inputs = {"variant": variant.hash, "machine": machine["id"]}
+    inputs |= {name: digest(folder / name) for name in ("tasks", "checkpoints/tuned")}
     tags = {"variant": config.variant, "engine": config.engine.name, "lineage": variant.manifest["lineage"]}
     record = config.record("evaluate", config.name)
     with track("evaluate", config, item=config.name, inputs=inputs, tags=tags, record=record) as run:
-        job = config.job("validation")
-        outcome = run_trial(job, config.timeout_seconds)
+        job, ceilings = config.job("validation"), ceilings_of(config.engine)
+        outcome = trial.judged(job, trial.run(job, config.limits), config.limits)
         built = build_cost(config.record("compress", config.variant))
-        result = measurement(job, outcome, machine=machine, build=built)
-        predictions = config.folder / "predictions" / f"{config.name}.parquet"
-        save_predictions(outcome.predictions, predictions)
-        path = config.folder / "measurements" / f"{config.name}.json"
-        write_json(path, result)
+        predicted = recorded_bits_per_byte(folder / "bits_per_byte" / f"{config.variant}.json")
+        result = measurement(job, outcome, machine=machine, build=built, predicted=predicted, ceilings=ceilings)
+        files = [folder / kind / f"{config.name}.parquet" for kind in ("predictions", "continuations")]
+        quality.save_predictions(outcome.predictions, files[0])
+        continuation.save(outcome.continuations, files[1])
+        write_json(path := folder / "measurements" / f"{config.name}.json", result)
         run.metrics(figures(result))
-        run.tags({"status": result["status"], "kernel": result["kernel"], "native": result["native"]})
-        run.artifact(path)
-        run.artifact(predictions)
+        run.tags({name: result[name] for name in ("status", "kernel", "native", "bound")})
+        for file in (path, *files):
+            run.artifact(file)
     tell(result)
 
 

@@ -3,27 +3,39 @@
 python pipelines/select_finalists.py plan=default
 """
 
+from collections.abc import Sequence
+
 from hasten.config import stage
-from hasten.stages import Select, load_all_predictions, load_measurements, load_plan
+from hasten.stages import Select, load_all_predictions, load_measurements, load_plan, trial_config
 
 
 @stage(Select)
 def main(config: Select) -> None:
     from hasten.artifacts import digest, write_json
+    from hasten.evaluation.qualifying import Qualified, qualify
     from hasten.evaluation.selection import select
     from hasten.tracking import track
 
-    plan = load_plan()
+    plan, measurements = load_plan(), load_measurements(load_plan())
+    peaks = {measurement["trial"]: measurement["peak_memory_bytes"] for measurement in measurements}
+
+    def play(scenario: str, trials: Sequence[str]) -> Qualified:
+        jobs = {trial: trial_config(plan, trial).job("validation") for trial in trials}
+        memory = config.limits.memory
+        return qualify(jobs, scenario, passes=config.passes, limits=config.limits, peaks=peaks, memory_bytes=memory)
+
     inputs = {name: digest(config.folder / name) for name in ("measurements", "predictions")}
     with track("select", config, inputs=inputs, record=config.record("select")) as run:
         chosen = select(
-            load_measurements(plan),
+            measurements,
             load_all_predictions(plan),
             plan=config.plan,
             scenarios=plan["scenario"].split(","),
             margin_points=config.margin_points,
             language_margin_points=config.language_margin_points,
             finalists=config.finalists,
+            qualifiers=config.qualifiers,
+            qualify=play if config.passes else None,
             seed=config.seed,
         )
         path = config.folder / "finalists.json"

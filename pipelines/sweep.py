@@ -16,31 +16,30 @@ def main(config: Sweep) -> None:
 
     from hasten.artifacts import load_checkpoint, write_json
     from hasten.compression.make import calibrated, make_variant
+    from hasten.evaluation import bits_per_byte, continuation, quality, trial
     from hasten.evaluation.measurement import measurement
-    from hasten.evaluation.quality import save_predictions
-    from hasten.evaluation.summary import figures, machine_of, tell
-    from hasten.evaluation.trial import run as run_trial
+    from hasten.evaluation.summary import ceilings_of, figures, machine_of, tell
     from hasten.tracking import track
 
     folder, parent = Path(HydraConfig.get().runtime.output_dir), load_checkpoint(config.folder / config.parent)
     name = config.variant_name(HydraConfig.get().overrides.task)
-    machine, trial = machine_of(config.engine), f"{name}-{config.engine.name}"
+    machine, label = machine_of(config.engine), f"{name}-{config.engine.name}"
     tags = {"variant": name, "engine": config.engine.name, "method": config.compression.name}
     tags["sweep"] = folder.parent.name if HydraConfig.get().job.get("num") is not None else folder.name
-    inputs = {"parent": parent.hash, "machine": machine["id"]}
-    with track("sweep", config, item=trial, inputs=inputs, tags=tags, record=folder / "run.json") as run:
-        calibration = calibrated(config.compression, config.folder / "tokens", config.calibration, config.seed)
-        target = folder / "variants" / name
-        variant, cost = make_variant(
-            config.compression, parent, calibration, name=name, target=target, seed=config.seed
-        )
-        evaluation = Evaluate(config.plan, config.seed, trial, name, config.engine, config.scenario)
-        job = replace(evaluation.job("validation"), variant=target)
-        outcome = run_trial(job, config.timeout_seconds)
-        result = measurement(job, outcome, machine=machine, build=cost)
-        save_predictions(outcome.predictions, folder / "predictions.parquet")
+    inputs, method = {"parent": parent.hash, "machine": machine["id"]}, config.compression
+    with track("sweep", config, item=label, inputs=inputs, tags=tags, record=folder / "run.json") as run:
+        target, tokens = folder / "variants" / name, config.folder / "tokens"
+        calibration = calibrated(method, tokens, config.calibration, config.seed)
+        variant, cost = make_variant(method, parent, calibration, name=name, target=target, seed=config.seed)
+        predicted = bits_per_byte.attempt(variant, tokens, config.folder / "tokenizer", config.bits_per_byte)
+        evaluation = Evaluate(config.plan, config.seed, label, name, config.engine, config.scenario)
+        job, ceilings = replace(evaluation.job("validation"), variant=target), ceilings_of(config.engine)
+        outcome = trial.judged(job, trial.run(job, config.limits), config.limits)
+        result = measurement(job, outcome, machine=machine, build=cost, predicted=predicted, ceilings=ceilings)
+        quality.save_predictions(outcome.predictions, folder / "predictions.parquet")
+        continuation.save(outcome.continuations, folder / "continuations.parquet")
         write_json(folder / "measurement.json", result)
-        run.metrics(figures(result) | cost)
+        run.metrics(figures(result) | cost | bits_per_byte.metrics(predicted))
         run.tags({"lineage": variant.lineage, "status": result["status"], "kernel": result["kernel"]})
         run.artifact(folder / "measurement.json")
     tell(result)

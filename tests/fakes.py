@@ -6,15 +6,17 @@ of its own, so it is importable there and its state is its options.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hasten.artifacts import Variant, write_json
+from hasten.artifacts import Variant, replacing, write_json
 from hasten.engine.base import Engine, Request, Session, Support, Token
 from hasten.task.base import Item, Task
 
@@ -40,6 +42,8 @@ class FakeSession(Session):
     weight_bytes_per_token: int = 1000
     load_seconds: float = 0.01
     compile_seconds: float = 0.0
+    arithmetic: str = "float32"
+    kv_bytes_per_position: int = 100
     requests: list[Request] = field(default_factory=list)
     closed: bool = False
 
@@ -89,9 +93,35 @@ class FakeEngine(Engine):
                 os.kill(os.getpid(), signal.SIGSEGV)
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            case "hang":
-                (cache / "pid").write_text(str(os.getpid()))
-                time.sleep(600)
+            case "hang" | "hang_with_lock" | "hang_with_child":
+                pids = [os.getpid()]
+                if self.mode == "hang_with_child":
+                    pids.append(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
+                    pids.append(subprocess.Popen(["sleep", "600"]).pid)
+                (cache / "pid").write_text(" ".join(map(str, pids)))
+                # ctypes.PyDLL keeps Python's lock: no other thread of that process runs any more.
+                ctypes.PyDLL(None).sleep(600) if self.mode == "hang_with_lock" else time.sleep(600)
+            case "hang_in_request":
+                session.reply = lambda request: time.sleep(600) or []
+            case "allocate":
+                held = [bytearray(b"x" * 2**24) for _ in range(2**10)]  # 16 GiB if nobody stops it
+                session.kernel = str(len(held))
+            case "allocate_in_request":
+                session.reply = lambda request: [len(bytearray(b"x" * 2**30))]
+            case "exit_in_request":
+                session.reply = lambda request: os._exit(7)
+            case "chatter":
+                for stream in (1, 2):
+                    os.write(stream, b'{"outcome": "mine"' * 10_000)
+                assert os.read(0, 1) == b"", "an engine must not read the commands"
+            case "huge":
+                session.memory = lambda: {f"part {i}": i for i in range(200_000)}  # type: ignore[method-assign]
+            case "full_disk":
+                with replacing(cache / "built") as temporary:
+                    temporary.mkdir()
+                    (temporary / "half").write_text("half")
+                    with Path("/dev/full").open("wb") as full:
+                        full.write(b"x" * 2**16)
             case "crash_on_close":
                 session.close = lambda: os._exit(9)  # type: ignore[method-assign]
             case "wrong_ids":

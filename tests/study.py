@@ -8,12 +8,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hasten.evaluation.conditions import Conditions, Repetition
+from hasten.evaluation.continuation import summary
 from hasten.evaluation.latency import speed
 from hasten.evaluation.quality import by_task, pooled
+from hasten.evaluation.roofline import Work, nothing, roofline
+from hasten.model.config import ModelConfig
 from hasten.scenario.qa import Qa
 from hasten.scenario.timing import Sample
 
 Json = dict[str, Any]
+QUIET = Conditions(2.0, 2, 0.02, 0.0, why={"energy_joules": "no RAPL counters"})
+CEILINGS: Json = {
+    "read_bytes_per_second": [
+        {"working_set_bytes": 2**20, "bytes_per_second": 1.8e11},
+        {"working_set_bytes": 2**30, "bytes_per_second": 4.2e10},
+    ],
+    "cache_bytes_per_second": 1.8e11,
+    "dram_bytes_per_second": 4.2e10,
+    "matmul_flops_per_second": {"float32": 2.1e11, "bfloat16": 7e11, "float16": None, "int8": None},
+    "validity": "valid",
+    "date": "2026-11-23",
+    "why": {"matmul_flops_per_second.int8": "no kernel"},
+}
 TASKS = {
     "question_type": ("en", 0.74, (" person", " place", " number"), 1),
     "reply_choice": ("en", 0.30, (" A", " B", " C", " D"), 2),
@@ -110,6 +127,7 @@ def measurement(made: Made, items: int = 300, requests: int = 24) -> Json:
     }
     variant, _, engine = made.trial.partition("@")
     ok = made.status == "ok"
+    speeds = {"qa": speed(Qa(), [Repetition(samples(made, requests), QUIET)])} if ok else {}
     return {
         "schema": 1, "trial": made.trial, "variant": variant, "engine": engine, "status": made.status,
         "error": made.error, "native": made.native if ok else None, "lineage": list(made.lineage),
@@ -127,10 +145,38 @@ def measurement(made: Made, items: int = 300, requests: int = 24) -> Json:
         "compile_seconds": (0.0 if engine == "eager" else 1.3) if ok else None, "build": None,
         "quality": by_task(rows, manifests), "pooled": pooled(rows),
         "agreement": {"reference": f"{variant}@eager", "share": 0.996, "n": len(rows)} if ok else None,
-        "bits_per_byte": None, "headline": {"qa": "latency_seconds_p50"},
-        "speed": {"qa": speed(Qa(), samples(made, requests), 0.02)} if ok else {},
-        "ceilings": None, "mbu": None, "mfu": None, "why": {"mbu": "not measured by this version"},
+        "bits_per_byte": {"en": 1.71 + made.lost, "zh": 2.13 + made.lost} if ok else None,
+        "bits_per_byte_ci95": {"en": [1.66, 1.77], "zh": [2.05, 2.2]} if ok else None,
+        "continuation": summary(continuations(made)), "headline": {"qa": "latency_seconds_p50"},
+        "kv_bytes_per_position": 3072 if ok else None, "arithmetic": "float32" if ok else None, "affinity": [0, 1],
+        "peak_memory_apart_from_kv_bytes": int(8e7) if ok else None, "peak_gpu_memory_bytes": None,
+        "speed": speeds, **limits(made, speeds), "why": {"peak_gpu_memory_bytes": "no GPU is used"},
     }  # fmt: skip
+
+
+def limits(made: Made, speeds: Json) -> Json:
+    """`ceilings`, `mbu`, `mfu`, `bound` and `roofline` of a trial."""
+    if not speeds:
+        return {key: value for key, value in nothing("the trial did not run").items() if key != "why"}
+    work = Work(ModelConfig(vocab_size=8192), int(made.megabytes * 0.92e6), 3072, "float32")
+    return {key: value for key, value in roofline(work, speeds, CEILINGS).items() if key != "why"}
+
+
+def continuations(made: Made, count: int = 4) -> list[Json]:
+    """Rows as in `continuations/T.parquet`."""
+    if made.status != "ok":
+        return []
+    return [
+        {
+            "language": language, "prompt_id": f"{language}-{i}", "prompt": "so it was", "output": " a word",
+            "output_ids": [5, 6, 7, 8, 9, 10], "bits": 40.0 + 90 * made.lost + i, "bytes": 21,
+            "repetition_rate": 0.2 + made.lost, "tokens_until_divergence": 6 if made.lost == 0 else 2 + i,
+            "diverged": made.lost > 0, "reference": " a word", "reference_bits": 40.0 + i, "reference_bytes": 21,
+            "reference_repetition_rate": 0.2,
+        }
+        for language in ("en", "zh")
+        for i in range(count)
+    ]  # fmt: skip
 
 
 def measurements(study: tuple[Made, ...] = STUDY, items: int = 300) -> list[Json]:
@@ -143,7 +189,7 @@ def frames(study: tuple[Made, ...] = STUDY, items: int = 300) -> dict[str, pd.Da
 
 
 def confirmation(
-    finalists: Json, study: tuple[Made, ...] = STUDY, items: int = 600, blocks: int = 4, requests: int = 24
+    finalists: Json, study: tuple[Made, ...] = STUDY, items: int = 600, rounds: int = 4, passes: int = 5
 ) -> tuple[Json, pd.DataFrame]:
     """`confirmation.json` and `confirmation.parquet` for the finalists."""
     known = {made.trial: made for made in study}
@@ -153,14 +199,19 @@ def confirmation(
         names = [entry["reference"], *entry["finalists"]] if entry["reference"] else []
         trials |= dict.fromkeys(names)
         scenarios[name] = {
-            "reference": entry["reference"], "blocks": blocks, "why": None,
+            "reference": entry["reference"], "rounds_first_stage": rounds, "rounds_wanted": rounds, "why": None,
+            "together": True, "apart": None,
+            "conditions": [[QUIET.to_json() | {"attempts": 1, "quiet": True}] * passes] * rounds,
             "trials": {
                 trial: {
                     "status": "ok", "error": None, "validity": "valid", "headline": "latency_seconds",
                     "lower_is_better": True, "kernel": known[trial].kernel,
-                    "blocks": [
-                        [s.latency_seconds for s in samples(known[trial], requests, block + 1, 0.004 * block)]
-                        for block in range(blocks)
+                    "rounds": [
+                        [
+                            [s.latency_seconds for s in samples(known[trial], 8, 100 * number + one, 0.02 * number)]
+                            for one in range(passes)
+                        ]
+                        for number in range(rounds)
                     ],
                 }
                 for trial in names

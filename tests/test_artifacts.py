@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hasten.artifacts import (
     Checkpoint,
     Variant,
     digest,
+    disk_is_full,
     load_checkpoint,
     read_json,
     replacing,
@@ -51,6 +53,42 @@ def test_replacing_swaps_files_and_folders_for_each_other(tmp_path: Path) -> Non
         folder.mkdir()
     assert target.is_dir()
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_told_in_one_sentence_and_nothing_half_written_is_left(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "artifact"
+    sentence = f"^{target} could not be written: no space left on the device$"
+    with pytest.raises(UserError, match=sentence), replacing(target) as folder:
+        folder.mkdir()
+        (folder / "half").write_text("half")
+        with Path("/dev/full").open("w") as full:
+            full.write("x")
+    assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (OSError(28, "No space left on device"), True),
+        (OSError(122, "Disk quota exceeded"), True),
+        (OSError(13, "Permission denied"), False),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("Disk quota exceeded (os error 122)"), True),
+        (RuntimeError("os error 2"), False),
+    ],
+)
+def test_a_full_disk_is_recognised_however_a_library_says_it(tmp_path: Path, error: Exception, full: bool) -> None:
+    assert disk_is_full(error, tmp_path) is full
+
+
+def test_a_short_write_without_a_reason_is_a_full_disk_where_nothing_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = OSError("1572864 requested and 750824 written")  # as numpy says it
+    for free, full in ((2**30, False), (4096, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        assert disk_is_full(short, tmp_path) is full
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(143)])

@@ -211,7 +211,8 @@ def test_every_override_of_a_plan_composes(name: str) -> None:
     )
     compose("pretrain", f"model={plan['model']}", *extra["pretrain"])
     compose("finetune", f"tuning={plan['tuning']}", *extra["finetune"])
-    compose("confirm", f"scenario=[{plan['scenario']}]", *extra["confirm"])
+    compose("select", *extra["select"])
+    compose("confirm", *extra["confirm"])
     for variant in plan["variants"].values():
         compose("compress", f"parent={variant['parent']}", f"compression={variant['method']}", *variant["set"].split())
     for trial in plan["trials"].values():

@@ -131,6 +131,13 @@ def test_a_bug_keeps_its_traceback(tmp_path: Path) -> None:
     assert "KeyError: 'nothing'" in err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    process = run_stage(tmp_path, "from pathlib import Path; Path('/dev/full').write_text('x')")
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (2, "probe: no space left on the device\n")
+
+
 def test_sigterm_ends_a_stage_with_143(tmp_path: Path) -> None:
     process = run_stage(tmp_path, "import time; print('ready', flush=True); time.sleep(60)")
     assert process.stdout is not None

@@ -13,10 +13,12 @@ from hasten.errors import UserError
 from hasten.scenario.qa import Qa
 from hasten.stages import (
     Compress,
+    Confirm,
     Evaluate,
     Finetune,
     Prepare,
     Pretrain,
+    Select,
     Stage,
     Sweep,
     check_name,
@@ -79,6 +81,9 @@ def test_a_fits_scratch_folder_is_another_one_for_other_work() -> None:
         (lambda: compress(parent="variants/../../other"), "parent must be a folder of the plan"),
         (lambda: evaluate(variant="a@b"), "variant must be letters"),
         (lambda: evaluate(timeout_seconds=0), "timeout_seconds must be above 0, got 0"),
+        (lambda: evaluate(memory_limit_gib=-1), "memory_limit_gib must be 0 (nine tenths of the machine's) or more"),
+        (lambda: Select(plan="p", timeout_seconds=-1), "timeout_seconds must be above 0, got -1"),
+        (lambda: Confirm(plan="p", memory_limit_gib=-0.5), "memory_limit_gib must be 0"),
     ],
 )
 def test_a_stage_refuses_what_cannot_be_used(make: Any, words: str) -> None:

@@ -10,8 +10,9 @@ import torch
 
 from hasten.artifacts import Checkpoint, Tokens, Variant, write_json
 from hasten.model.config import ModelConfig
+from hasten.model.config_json import to_huggingface
 from hasten.model.decoder import Decoder
-from hasten.model.huggingface import decoder_tensors, save_checkpoint, to_huggingface
+from hasten.model.huggingface import decoder_tensors, save_checkpoint
 from hasten.training.options import Precision, Training
 
 torch.set_num_threads(1)  # such small matrices lose more than they gain by sharing

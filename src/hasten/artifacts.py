@@ -11,6 +11,7 @@ Checkpoints are Hugging Face directories (`config.json`, `model.safetensors`, `t
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA = 1
+FULL_BYTES = 2**16
+"""A disk with less free space than this is full: a short write there needs no other explanation."""
 Json = dict[str, Any]
 
 
@@ -37,23 +40,39 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write a file or directory into.
 
     On success it is renamed onto `path` (replacing what was there), on any error it is removed and
-    `path` stays as it was.
+    `path` stays as it was. Raises `UserError` if the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}") for _ in range(2))
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if not temporary.exists():
             raise FileNotFoundError(f"nothing was written to replace {path}")
         if path.is_dir() or (path.exists() and temporary.is_dir()):
             path.replace(old)  # aside before it is deleted: a kill must not leave half of it in place
         temporary.replace(path)
+    except Exception as error:
+        if disk_is_full(error, path.parent):
+            raise UserError(f"{path} could not be written: no space left on the device") from error
+        raise
     finally:
         for leftover in (temporary, old):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
                 leftover.unlink(missing_ok=True)
+
+
+def disk_is_full(error: Exception, folder: Path) -> bool:
+    """Whether that is what an error of writing into `folder` means.
+
+    Python says it with a number, libraries written in Rust (safetensors, tokenizers) in words, numpy not at all.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if getattr(error, "errno", None) in full or any(f"os error {number})" in str(error) for number in full):
+        return True
+    short_write = isinstance(error, OSError) and error.errno is None
+    return short_write and folder.is_dir() and shutil.disk_usage(folder).free < FULL_BYTES
 
 
 def read_json(path: Path) -> Json:

@@ -8,6 +8,7 @@ dataclass named after its module (`rtn.py` -> `Rtn`) in an axis package becomes 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import pkgutil
@@ -94,10 +95,11 @@ def stage(root: type[Root]) -> Callable[[Callable[[Root], Any]], Callable[[], No
             def run(composed: DictConfig) -> Any:
                 try:
                     return function(build(root, composed))
-                except UserError as error:
-                    if HydraConfig.get().mode is RunMode.MULTIRUN:
+                except (UserError, OSError) as error:
+                    sentence = user_sentence(error)
+                    if sentence is None or HydraConfig.get().mode is RunMode.MULTIRUN:
                         raise  # the launcher notes the failed job and goes on with the others
-                    fail(name, str(error))
+                    fail(name, sentence)
 
             try:
                 register(name, root)
@@ -192,6 +194,8 @@ def user_sentence(error: BaseException) -> str | None:
     for link in links:
         if isinstance(link, UserError):
             return str(link)
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"no space left on the device{f' to write {link.filename}' if link.filename else ''}"
     if not isinstance(error, HydraException | OmegaConfBaseException | YAMLError):
         return None
     # Both libraries append search paths, types and advice; what went wrong comes first.

@@ -18,6 +18,16 @@ from typing import Any
 
 import psutil
 
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "RAYON_NUM_THREADS",
+)
+"""What numeric libraries read when they start: every engine gets the same threads."""
+
 
 def cpu_count() -> int:
     """Cores this process may use: its affinity, and its container's quota where there is one."""

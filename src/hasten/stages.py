@@ -19,6 +19,10 @@ from hasten.compression.make import Calibrate
 from hasten.corpus.base import Source
 from hasten.engine.base import Engine
 from hasten.errors import UserError
+from hasten.evaluation.bits_per_byte import BitsPerByte
+from hasten.evaluation.confirmation import Together
+from hasten.evaluation.continuation import Continuation
+from hasten.evaluation.limits import Limits
 from hasten.evaluation.trial import Job
 from hasten.model.config import ModelConfig
 from hasten.scenario.base import Scenario
@@ -72,6 +76,28 @@ class Stage:
     def scratch(self, stage: str, key: str) -> Path:
         """Where a fit keeps its running checkpoint, named by the hash of everything that decides it."""
         return Path(".work", "fits", f"{stage}-{key[:16]}")
+
+
+class Limited:
+    """For stages that measure in processes of their own: what each of them may take.
+
+    timeout_seconds: in all for a trial, or for loading and for each turn where trials take turns. memory_limit_gib:
+    physical memory of the process with all it starts, 0 means nine tenths of the machine's. Beyond either it is killed
+    and has failed.
+    """
+
+    timeout_seconds: float
+    memory_limit_gib: float
+
+    @property
+    def limits(self) -> Limits:
+        """Raises `UserError` for values that are no limits."""
+        return Limits.of(self.timeout_seconds, self.memory_limit_gib)
+
+
+def check_limits(stage: Limited) -> None:
+    """What a stage allows its processes must be something that can be allowed."""
+    _ = stage.limits
 
 
 @dataclass
@@ -135,6 +161,7 @@ class Compress(Stage):
     parent: str = MISSING
     compression: Compressor = MISSING
     calibration: Calibrate = field(default_factory=Calibrate)
+    bits_per_byte: BitsPerByte = field(default_factory=BitsPerByte)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,21 +170,22 @@ class Compress(Stage):
 
 
 @dataclass
-class Evaluate(Stage):
-    """A variant on an engine to a measurement. timeout_seconds: for the trial's process."""
+class Evaluate(Stage, Limited):
+    """A variant on an engine to a measurement."""
 
     name: str = MISSING
     variant: str = MISSING
     engine: Engine = MISSING
     scenario: dict[str, Scenario] = field(default_factory=dict)
+    continuation: Continuation = field(default_factory=Continuation)
     timeout_seconds: float = 600.0
+    memory_limit_gib: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_limits(self)
         check_name("name", self.name)
         check_name("variant", self.variant)
-        if self.timeout_seconds <= 0:
-            raise UserError(f"timeout_seconds must be above 0, got {self.timeout_seconds}")
 
     def job(self, split: str) -> Job:
         """What to measure, on one split of every task."""
@@ -172,34 +200,56 @@ class Evaluate(Stage):
             splits=(split,),
             scenarios=self.scenario,
             seed=self.seed,
+            baseline=self.folder / "checkpoints" / "tuned",
+            continuation=self.continuation,
         )
 
 
 @dataclass
-class Select(Stage):
+class Select(Stage, Limited):
     """Measurements to finalists.
 
     Margins, in points of accuracy, are declared before anything is looked at. finalists: how many go
-    on to be confirmed, per scenario.
+    on to be confirmed, per scenario. passes: turns there and back of the round that qualifies for it, 0 means that
+    screening alone decides. qualifiers: how many trials take part in that round, at most. timeout_seconds,
+    memory_limit_gib: for each of its processes, 0 GiB means nine tenths of the machine's memory.
     """
 
     margin_points: float = 2.0
     language_margin_points: float = 3.0
     finalists: int = 2
+    passes: int = 4
+    qualifiers: int = 6
+    timeout_seconds: float = 600.0
+    memory_limit_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_limits(self)
 
 
 @dataclass
-class Confirm(Stage):
+class Confirm(Stage, Limited):
     """Finalists against the reference.
 
-    blocks: fresh processes per trial and scenario, an even number. time_budget_seconds: no further
-    round starts after it. timeout_seconds: for one process.
+    rounds: of fresh processes, before the first look at their spread. passes: turns there and back in each of them.
+    precision_percent: the half width of the speed-up's interval at which it is enough. time_budget_seconds: no further
+    round starts after it. together: whether a round's trials are loaded at the same time. timeout_seconds,
+    memory_limit_gib: for one process, 0 GiB means nine tenths of the machine's memory. Scenarios and their options are
+    those the trials were evaluated with.
     """
 
-    scenario: dict[str, Scenario] = field(default_factory=dict)
-    blocks: int = 4
-    time_budget_seconds: float = 120.0
+    rounds: int = 6
+    passes: int = 8
+    precision_percent: float = 3.0
+    time_budget_seconds: float = 180.0
+    together: Together = Together.auto
     timeout_seconds: float = 600.0
+    memory_limit_gib: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_limits(self)
 
 
 @dataclass
@@ -208,18 +258,21 @@ class Report(Stage):
 
 
 @dataclass
-class Sweep(Stage):
+class Sweep(Stage, Limited):
     """One job of a sweep: a method applied to `parent` (a folder of the plan's artifacts), on an engine."""
 
     parent: str = MISSING
     compression: Compressor = MISSING
     calibration: Calibrate = field(default_factory=Calibrate)
+    bits_per_byte: BitsPerByte = field(default_factory=BitsPerByte)
     engine: Engine = MISSING
     scenario: dict[str, Scenario] = field(default_factory=dict)
     timeout_seconds: float = 600.0
+    memory_limit_gib: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_limits(self)
         check_parent(self.parent)
 
     def variant_name(self, overrides: list[str]) -> str:

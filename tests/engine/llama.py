@@ -9,8 +9,9 @@ import torch
 
 from hasten.artifacts import Variant, replacing, write_json
 from hasten.model.config import ModelConfig
+from hasten.model.config_json import to_huggingface
 from hasten.model.grid import Grid, portable_scale, quantise, stored
-from hasten.model.huggingface import save_checkpoint, to_huggingface
+from hasten.model.huggingface import save_checkpoint
 
 VOCABULARY = 320
 SPECIALS = ["<|bos|>", "<|eos|>", "<|pad|>"]

@@ -112,6 +112,8 @@ def test_every_precision_generates_and_costs_the_bytes_it_says(
     assert session.kernel == used.name
     assert session.weight_bytes_per_token == cost.parameters_per_token * size[used]
     assert session.memory() == {"weights": cost.parameters * size[used], "kv_cache": cost.kv_bytes(32, size[cached])}
+    assert session.kv_bytes_per_position == cost.kv_bytes(1, size[cached])
+    assert session.arithmetic == used.name
     assert session.load_seconds > 0
     assert session.compile_seconds == 0
 

@@ -13,7 +13,7 @@ import torch
 
 from hasten.artifacts import Variant
 from hasten.engine.base import Dtype, Request
-from hasten.engine.llamacpp import FlashAttention, Flight, Llamacpp, _body
+from hasten.engine.llamacpp import FlashAttention, Flight, Llamacpp, _body, arithmetic
 from hasten.errors import UserError
 from hasten.model.grid import Grid, floats
 from hasten.model.huggingface import load_decoder
@@ -214,12 +214,21 @@ def test_the_session_says_what_it_runs_and_what_it_holds(variant, loaded):
     assert loaded.weight_bytes_per_token == variant.weight_bytes - _header(variant.path / "model.safetensors")
     kv = 2 * config.layers * config.kv_heads * config.head_width * 256 * 4
     assert loaded.memory() == {"weights": loaded.weight_bytes_per_token, "kv_cache": kv}
+    assert loaded.kv_bytes_per_position * 256 == kv  # max_context, a multiple of llama.cpp's own steps
+    assert loaded.arithmetic == "float32"
     assert loaded.load_seconds > 0
 
 
 def _header(path: Path) -> int:
     with path.open("rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
+
+
+def test_small_floats_are_multiplied_as_float32_unless_the_build_can_do_better():
+    kinds = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+    avx2, both = "CPU : AVX2 = 1 | F16C = 1 | ", "CPU : AVX512_BF16 = 1 | FP16_VA = 1 | "
+    assert [arithmetic(kind, avx2) for kind in kinds] == ["float32", "float32", "float32", "int8", "int8"]
+    assert [arithmetic(kind, both) for kind in kinds] == ["float32", "float16", "bfloat16", "int8", "int8"]
 
 
 def test_the_port_is_on_loopback_and_asks_for_a_key(loaded):
@@ -278,6 +287,33 @@ def test_weights_that_overflow_are_an_error_and_not_token_0(tmp_path):
     variant = llama.variant(tmp_path / "v", config, tensors)
     with pytest.raises(RuntimeError, match="not finite"):
         Llamacpp(**EXACT).load(variant, tmp_path)
+
+
+def test_a_verified_request_fails_where_its_logits_do_and_no_other_does(tmp_path):
+    config = llama.shape(tied_head=False)
+    tensors = llama.random_tensors(config)
+    embedding = tensors["model.embed_tokens.weight"]
+    embedding[:, -1] = 0  # a direction that only token 77 has, and that makes its values overflow
+    embedding[77] = 0
+    embedding[77, -1] = 1
+    tensors["model.layers.0.self_attn.v_proj.weight"][:, -1] = 3e38
+    tensors["lm_head.weight"][77] = 0
+    variant = llama.variant(tmp_path / "v", config, tensors)
+    with session(variant, tmp_path) as engine:
+        free = ids(engine.submit(Request(0, (5, 6, 7), 9)))
+        assert ids(engine.submit(Request(1, (5, 6, 7), 9, verify=True))) == free
+        assert ids(engine.submit(Request(2, (5, 6, 7), 9, frozenset({free[2]}), verify=True))) == free[:3]
+        with pytest.raises(RuntimeError, match="request 3: the logits are not finite after 0 tokens"):
+            list(engine.submit(Request(3, (5, 77, 7), 9, verify=True)))
+        assert ids(engine.submit(Request(4, (5, 77, 7), 3))) == [0, 0, 0]  # what llama.cpp makes of it, timed
+        assert ids(engine.submit(Request(5, (5, 6, 7), 9, verify=True))) == free
+
+
+def test_verifying_does_not_change_the_answers_nor_what_a_timed_request_asks_for(loaded):
+    assert "logprobs" not in json.loads(_body(Request(0, prompt(9), 8)))
+    requests = [Request(i, prompt(9, i), 30, verify=verify) for i in range(3) for verify in (False, True)]
+    answers = [ids(loaded.submit(request)) for request in requests]
+    assert answers[::2] == answers[1::2]
 
 
 def test_a_damaged_cached_file_is_one_sentence(variant, tmp_path):

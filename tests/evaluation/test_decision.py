@@ -58,16 +58,56 @@ def test_more_finalists_make_each_harder_to_prove() -> None:
     assert among["p_holm"] == pytest.approx(3 * alone["p_holm"])
 
 
-def test_one_block_gives_no_speedup_but_an_accuracy() -> None:
-    found = evidence(SAFE, blocks=1)[SAFE.trial]
-    assert found["speedup"]["ratio"] is None and "2 blocks" in found["speedup"]["why"]
+def test_advice_is_in_items_of_the_decisive_language_and_in_all() -> None:
+    zh = Made("zh@llamacpp", ("baseline", "zh"), "rtn", 0.05, 0.0, 0.0, lost_zh=0.03)
+    found = evidence(zh, items=400)[zh.trial]
+    assert found["decision"] == "undecided" and found["decisive_language"] == "zh"
+    # A quarter of the items are Chinese.
+    assert found["needs_items_total"] / 4 <= found["needs_items"] <= found["needs_items_total"] / 4 * 1.1 + 1
+
+
+def test_finalists_that_passed_do_not_make_the_others_advice_harder() -> None:
+    pooled = evidence(SAFE, COPY, items=300)
+    assert pooled[SAFE.trial]["decision"] == "non-inferior"
+    alone, with_copy = (evidence(*trials, items=60)[COPY.trial] for trials in ((COPY,), (COPY, BAD)))
+    assert with_copy["needs_items"] >= alone["needs_items"]
+
+
+def test_speedup_tells_its_rounds() -> None:
+    found = evidence(SAFE, rounds=5)[SAFE.trial]["speedup"]
+    assert found["n"] == len(found["rounds"]) == 5 and found["why"] is None
+    assert found["ci95"][0] < found["ratio"] < found["ci95"][1]
+
+
+def test_one_round_gives_no_speedup_but_an_accuracy() -> None:
+    found = evidence(SAFE, rounds=1)[SAFE.trial]
+    assert found["speedup"]["ratio"] is None and "2 rounds, got 1" in found["speedup"]["why"]
     assert found["accuracy_difference"]["n"] == 2400
+
+
+def test_a_noisy_confirmation_is_passed_on() -> None:
+    chosen = finalists(SAFE)
+    measured, answers = confirmation(chosen, (REFERENCE, SAFE), items=20)
+    measured["scenarios"]["qa"]["trials"][SAFE.trial]["validity"] = "noisy"
+    assert confirmed(measured, answers, chosen)["qa"]["trials"][SAFE.trial]["validity"] == "noisy"
+
+
+def test_accuracy_of_a_trial_knows_its_clusters() -> None:
+    chosen = finalists(SAFE)
+    measured, answers = confirmation(chosen, (REFERENCE, SAFE), items=300)
+    alike = answers.assign(cluster_id=answers["item_id"].str.rsplit("-", n=1).str[-1].astype(int) // 30)
+    alike["correct"] = (alike["cluster_id"] % 4 != 0).astype(float)
+    apart = alike.assign(cluster_id=alike["item_id"])
+    wide, narrow = (
+        confirmed(measured, rows, chosen)["qa"]["trials"][SAFE.trial]["accuracy"] for rows in (alike, apart)
+    )
+    assert wide["ci95"][1] - wide["ci95"][0] > 3 * (narrow["ci95"][1] - narrow["ci95"][0])
 
 
 def test_a_finalist_that_failed_is_kept_with_its_error() -> None:
     chosen = finalists(SAFE, BAD)
     measured, answers = confirmation(chosen, (REFERENCE, SAFE, BAD), items=50)
-    measured["scenarios"]["qa"]["trials"][BAD.trial] |= {"status": "failed", "error": "it crashed", "blocks": []}
+    measured["scenarios"]["qa"]["trials"][BAD.trial] |= {"status": "failed", "error": "it crashed", "rounds": []}
     found = confirmed(measured, answers[answers["trial"] != BAD.trial], chosen)["qa"]["trials"]
     assert found[BAD.trial]["error"] == "it crashed" and found[BAD.trial]["decision"] is None
     assert found[SAFE.trial]["decision"] is not None
@@ -82,7 +122,8 @@ def test_without_the_reference_nothing_is_compared() -> None:
 
 def test_a_scenario_without_reference_has_no_trials() -> None:
     chosen = finalists(reference=None)
-    assert confirmed(*confirmation(chosen, ()), chosen)["qa"] == {"reference": None, "trials": {}}
+    found = confirmed(*confirmation(chosen, ()), chosen)["qa"]
+    assert found["reference"] is None and found["trials"] == {}
 
 
 def test_files_that_do_not_belong_together_are_refused() -> None:

@@ -3,18 +3,26 @@ from pathlib import Path
 import pytest
 
 from hasten.artifacts import read_json, write_json
+from hasten.evaluation.conditions import Repetition
 from hasten.evaluation.measurement import measurement
 from hasten.evaluation.trial import Job, Outcome
 from hasten.scenario.qa import Qa
 from hasten.scenario.timing import Sample
 from tests.fakes import FakeEngine, write_variant
+from tests.study import CEILINGS, QUIET, STUDY, continuations
 
 MACHINE = {"id": "abc", "cpu": "a CPU", "gpu": [], "cores": 2, "libraries": {"fake": "1.0"}}
 CONTRACT = {
     "schema", "trial", "variant", "engine", "status", "error", "lineage", "machine", "kernel", "artifact_bytes",
     "weight_bytes_per_token", "peak_memory_bytes", "load_seconds", "compile_seconds", "build", "quality",
     "bits_per_byte", "speed", "ceilings", "mbu", "mfu", "why", "native", "headline", "method", "grid",
+    "bits_per_byte_ci95", "continuation", "bound", "roofline", "arithmetic", "affinity", "kv_bytes_per_position",
+    "peak_memory_apart_from_kv_bytes", "peak_gpu_memory_bytes",
 }  # fmt: skip
+PREDICTED = {
+    "languages": {"en": {"value": 1.7, "ci95": [1.6, 1.8], "n": 30}, "zh": {"value": None, "ci95": None, "n": 0}},
+    "why": {"bits_per_byte.zh": "no document"},
+}
 
 
 @pytest.fixture
@@ -44,8 +52,11 @@ def finished() -> Outcome:
         weight_bytes_per_token=1000,
         memory={"weights": 900, "kv_cache": None},
         predictions=rows(),
-        samples={"qa": [Sample(0.1, 0.02, 0.5, 128, 21, 0.5)] * 40},
-        contention={"qa": 0.01},
+        kv_bytes_per_position=10,
+        arithmetic="int8",
+        affinity=[0, 1],
+        speed={"qa": [Repetition([Sample(0.1, 0.02, 0.5, 128, 64, 0.5)] * 10, QUIET)] * 4},
+        continuations=continuations(STUDY[2]),
         why={"peak_memory_bytes": "not readable here"},
     )
 
@@ -62,6 +73,34 @@ def test_a_measurement_keeps_the_contract_and_is_plain_json(job, tmp_path):
     assert record["speed"]["qa"]["validity"] == "valid"
     assert record["speed"]["qa"][record["headline"]["qa"]] == 0.5
     assert record["agreement"] == {"reference": "baseline@eager", "share": 0.0, "n": 1}
+
+
+def test_what_lies_beyond_short_answers_is_recorded(job):
+    record = measurement(job, finished(), machine=MACHINE, predicted=PREDICTED)
+    assert record["bits_per_byte"] == {"en": 1.7, "zh": None}
+    assert record["bits_per_byte_ci95"]["en"] == [1.6, 1.8]
+    assert record["why"]["bits_per_byte.zh"] == "no document"
+    assert record["continuation"]["n"] == 8
+    assert record["continuation"]["languages"]["zh"]["bits_per_byte"] > 0
+
+
+def test_the_limits_come_from_the_machine_s_ceilings(job):
+    record = measurement(job, finished(), machine=MACHINE, ceilings=CEILINGS)
+    decode = record["roofline"]["qa"]["decode"]
+    assert decode["bytes"] == 1000 + 10 * (128 + 32)
+    assert record["mbu"] == pytest.approx(decode["bytes"] / 1.8e11 / 0.02)
+    assert record["mfu"] is None and record["why"]["mfu"]  # the fakes' model has no shape, and int8 no ceiling
+    assert record["ceilings"]["dram_read_bytes_per_second"] == 4.2e10
+    assert "decode" in record["roofline"]["qa"]["why"]
+
+
+def test_memory_is_told_apart_from_the_reserved_cache(job):
+    outcome = finished()
+    outcome.peak_memory_bytes, outcome.memory["kv_cache"] = 1000, 300
+    assert measurement(job, outcome, machine=MACHINE)["peak_memory_apart_from_kv_bytes"] == 700
+    record = measurement(job, finished(), machine=MACHINE)
+    assert record["peak_memory_apart_from_kv_bytes"] is None
+    assert record["why"]["peak_memory_apart_from_kv_bytes"] == "the peak is unknown"
 
 
 def test_what_was_not_measured_is_null_with_the_reason(job):

@@ -57,6 +57,7 @@ def test_every_item_is_answered_once_and_scored():
     assert [r["output_tokens"] for r in rows] == [2, 2, 3]
     assert {(r["task"], r["split"]) for r in rows} == {("quiz", "validation")}
     assert all(r.stop == {EOS} and r.max_tokens == 2 + EXTRA_TOKENS for r in session.requests)
+    assert all(r.verify for r in session.requests)
     assert session.requests[0].prompt == (0, 5, 6)
 
 
@@ -87,6 +88,7 @@ def test_answers_may_arrive_interleaved():
         ([EOS, 7], "went on after the end"),
         ([7] * 7, "went on after the end"),
         ([], "answered 0 of 3"),
+        ([7, 8], "ended request 0 after 2 of 6 tokens"),
     ],
 )
 def test_an_engine_that_breaks_the_rules_is_caught(completion, complaint):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from hasten.errors import UserError
+from hasten.evaluation.qualifying import Qualified
 from hasten.evaluation.selection import seats, select
 from tests.study import STUDY, Made, frames, measurements
 
@@ -121,3 +123,51 @@ def test_predictions_of_other_items_are_named() -> None:
 def test_options_out_of_range_are_refused(option: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{option} must be"):
         select([], {}, **OPTIONS | {option: value})
+
+
+def test_the_qualifying_round_overrules_screening() -> None:
+    asked: list[list[str]] = []
+
+    def play(scenario: str, trials: Sequence[str]) -> Qualified:
+        asked.append(list(trials))
+        speeds = dict.fromkeys(trials, 1.0) | {"int8@llamacpp": 2.5, "depth-int8@llamacpp": 0.9}
+        return Qualified(speeds)
+
+    entry = chosen(qualify=play)
+    assert "baseline@eager" not in asked[0]  # too slow to have been unlucky
+    assert "int8@eager" not in asked[0]  # not native
+    assert "depth-int4@llamacpp" not in asked[0]  # clearly less accurate
+    assert entry["reference"] == "baseline@llamacpp"
+    assert entry["finalists"] == ["int8@llamacpp"]
+    assert entry["rejected"]["depth-int8@llamacpp"] == "not faster than the reference: 0.90x"
+    assert entry["rejected"]["baseline@eager"] == "left behind: 0.32x, screened"
+    assert entry["qualifying"]["speeds"]["int8@llamacpp"] == 2.5
+
+
+def test_the_reference_is_the_baseline_that_is_faster_side_by_side() -> None:
+    half = Made("baseline-f16@llamacpp", ("baseline",), "identity", 0.15, 0.001, 0.001, kernel="F16")
+    study = (STUDY[1], half, STUDY[2])
+    assert chosen(study)["reference"] == "baseline@llamacpp"
+    speeds = {"baseline@llamacpp": 1.0, "baseline-f16@llamacpp": 1.25, "int8@llamacpp": 2.5}
+    entry = chosen(study, qualify=lambda scenario, trials: Qualified(speeds))
+    assert entry["reference"] == "baseline-f16@llamacpp"
+    assert entry["qualifying"]["speeds"]["int8@llamacpp"] == 2.0
+    assert entry["rejected"]["baseline@llamacpp"] == "not faster than the reference: 0.80x"
+
+
+def test_who_fails_in_the_qualifying_round_is_rejected_with_the_reason() -> None:
+    speeds = {"baseline@llamacpp": 1.0, "depth-int8@llamacpp": 2.0}
+    played = Qualified(speeds, {"int8@llamacpp": "failed: it crashed"})
+    assert chosen(qualify=lambda scenario, trials: played)["rejected"]["int8@llamacpp"] == "failed: it crashed"
+
+
+def test_screening_decides_where_no_round_could_be_played() -> None:
+    entry = chosen(qualify=lambda scenario, trials: Qualified(why="they do not fit"))
+    assert entry["finalists"] == chosen()["finalists"]
+    assert entry["qualifying"] == {"speeds": None, "why": "they do not fit"}
+
+
+def test_what_the_finalists_need_of_memory_goes_along() -> None:
+    entry = chosen()
+    assert set(entry["peak_memory_bytes"]) == {entry["reference"], *entry["finalists"]}
+    assert all(entry["peak_memory_bytes"].values())

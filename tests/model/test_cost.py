@@ -42,6 +42,19 @@ def test_prefill_flops_are_within_a_percent_of_what_torch_counts(changes: dict[s
     assert Cost(config).prefill_flops(tokens) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.parametrize("changes", SHAPES)
+def test_flops_with_a_cache_are_within_a_percent_of_what_torch_counts(changes: dict[str, Any]) -> None:
+    """A prompt whose last position alone gets logits, then one token that attends to 17 positions."""
+    config = shape(**changes)
+    model, cache = Decoder(config), Cache(config, 1, 64, torch.float32)
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):
+        for tokens, expected in ((16, Cost(config).prefill_flops(16, logits=1)), (1, Cost(config).decode_flops(17))):
+            counter = FlopCounterMode(display=False)
+            with counter:
+                model(torch.zeros(1, tokens, dtype=torch.int64), cache)
+            assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
 def test_training_flops_are_within_a_percent_of_what_torch_counts() -> None:
     config, counter = shape(), FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from hasten.errors import UserError
 from hasten.model.config import ModelConfig
+from hasten.model.config_json import to_huggingface
 from hasten.model.decoder import Cache, Decoder
-from hasten.model.huggingface import to_huggingface
 from tests.tiny import decoder, shape
 
 TOLERANCE = 1e-4

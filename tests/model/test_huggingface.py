@@ -12,8 +12,9 @@ from hasten.artifacts import Checkpoint, Variant
 from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
 from hasten.errors import UserError
+from hasten.model.config_json import from_huggingface, to_huggingface
 from hasten.model.decoder import Decoder
-from hasten.model.huggingface import decoder_tensors, from_huggingface, load_decoder, to_huggingface
+from hasten.model.huggingface import decoder_tensors, load_decoder
 from tests.tiny import decoder, shape, write_checkpoint, write_variant
 
 IDS = torch.tensor([[0, 5, 17, 60, 3, 99, 42, 8]])

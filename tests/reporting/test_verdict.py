@@ -83,13 +83,22 @@ def test_a_finalist_that_crashes_is_rejected_and_the_next_is_taken() -> None:
 
 
 def test_a_finalist_that_is_not_faster_after_all_is_no_champion() -> None:
-    entry = run(int8={"blocks": [[0.13, 0.132, 0.131]] * 4}).entry
+    entry = run(int8={"rounds": [[[0.12, 0.13, 0.14]] * 5] * 4}).entry
     assert entry["champion"] == "baseline@llamacpp"
     assert entry["rejected"]["int8@llamacpp"].startswith("not clearly faster than the reference: 1.0")
 
 
-def test_a_noisy_champion_is_said_to_be_noisy() -> None:
-    assert run(int8={"validity": "noisy"}).entry["sentence"].endswith("; the measurement is noisy")
+def test_nobody_is_crowned_on_a_machine_that_was_not_quiet() -> None:
+    noisy = {"validity": "noisy"}
+    entry = run(baseline=noisy, int8=noisy, **{"depth-int8": noisy}).entry
+    assert entry["champion"] == "baseline@llamacpp"
+    assert entry["rejected"]["int8@llamacpp"].startswith("not settled: the machine was not quiet while they took turns")
+    assert entry["sentence"].startswith("keep the reference, variant baseline on engine llamacpp, for real-time QA")
+    assert "is not settled: the machine was not quiet" in entry["sentence"]
+
+
+def test_a_preview_of_a_champion_is_called_one() -> None:
+    assert run(int8={"validity": "preview"}).entry["sentence"].endswith("; the measurement is a preview")
 
 
 @pytest.mark.parametrize(("p", "text"), [(0.01234, "p = 0.0123"), (0.00001, "p < 0.0001"), (1.0, "p = 1.0000")])

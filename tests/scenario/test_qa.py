@@ -22,6 +22,9 @@ CONF = Path(__file__).parents[2] / "conf" / "scenario" / "qa.yaml"
         {"warmup": -1},
         {"minimum_requests": 0},
         {"patience_seconds": -1},
+        {"repetitions": 0},
+        {"turn_requests": 0},
+        {"turn_warmup": -1},
     ],
 )
 def test_options_out_of_range_are_refused_by_name(option):

@@ -59,12 +59,15 @@ class Request:
 
     prompt: token ids, at least one. max_tokens: the most tokens to generate. stop: generation ends
     after the first of these ids (it is yielded too); empty means exactly `max_tokens` are generated.
+    verify: the engine raises `RuntimeError` if a logit that decided a token is not finite, also where looking costs
+    time: for requests that are not timed.
     """
 
     id: int
     prompt: tuple[int, ...]
     max_tokens: int
     stop: frozenset[int] = frozenset()
+    verify: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -89,6 +92,10 @@ class Session(ABC):
     """The number format and kernel that really run, for example `Q8_0 (AVX2)`."""
     weight_bytes_per_token: int
     """Weight bytes that decoding one token at batch 1 reads."""
+    kv_bytes_per_position: int
+    """Bytes of keys and values, of all layers, that one position of the context holds; decoding reads them again."""
+    arithmetic: str
+    """What the multiplications really use: `float32`, `float16`, `bfloat16` or `int8`."""
     load_seconds: float
     """Reading the weights until ready, without building or compiling."""
     compile_seconds: float = 0.0

@@ -84,9 +84,12 @@ class EagerSession(Session):
         self.model = model
         self.kernel = kernel
         size = getattr(torch, engine.weights.name).itemsize
-        self.weight_bytes_per_token = Cost(model.config).parameters_per_token * size
-        self.context = engine.max_context
         kv_dtype = getattr(torch, engine.kv_cache.name)
+        cost = Cost(model.config)
+        self.weight_bytes_per_token = cost.parameters_per_token * size
+        self.kv_bytes_per_position = cost.kv_bytes(1, kv_dtype.itemsize)
+        self.arithmetic = engine.weights.name
+        self.context = engine.max_context
         self.cache = Cache(model.config, 1, self.context, kv_dtype, engine.devices[0])
 
     def submit(self, request: Request) -> Iterator[Token]:

@@ -183,7 +183,8 @@ def write(checkpoint: Checkpoint, weight_dtype: Dtype, path: Path, *, text: bool
     """
     import gguf
 
-    from hasten.model.huggingface import from_huggingface, grid_of
+    from hasten.model.config_json import from_huggingface
+    from hasten.model.huggingface import grid_of
 
     config = from_huggingface(checkpoint.config)
     size = config.vocab_size

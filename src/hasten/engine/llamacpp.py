@@ -135,6 +135,18 @@ class Llamacpp(Engine):
         return {**super().describe(), **resolved, **own}
 
 
+def arithmetic(kind: str, system: str) -> str:
+    """What llama.cpp multiplies a GGUF type with, by the instructions of its build (`xllamacpp.get_system_info()`).
+
+    Integers meet 8-bit activations; 16-bit floats are widened to float32 unless the build multiplies them directly.
+    """
+    if kind in gguf.INTEGERS.values():
+        return "int8"
+    direct = {"F16": ("float16", "FP16_VA = 1"), "BF16": ("bfloat16", "AVX512_BF16 = 1")}
+    name, instruction = direct.get(kind, ("float32", ""))
+    return name if instruction in system else "float32"
+
+
 class LlamacppSession(Session):
     """A running server. `submit` may be called from several threads; `slots` requests run at a time."""
 
@@ -150,7 +162,9 @@ class LlamacppSession(Session):
         self.weight_bytes_per_token = int(self.facts["weight_bytes_per_token"])
         cells = engine.slots * -(-self.context // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
         kv_bytes = 4 if engine.kv_cache is Dtype.float32 else 2
-        self._kv_cache_bytes = int(self.facts["kv_values_per_token"]) * kv_bytes * cells
+        self.kv_bytes_per_position = int(self.facts["kv_values_per_token"]) * kv_bytes
+        self._kv_cache_bytes = self.kv_bytes_per_position * cells
+        self.arithmetic = arithmetic(self.facts["format"], self.library["system"])
         parameters = _parameters(engine, folder / "model.gguf", cells)
         start = time.perf_counter()
         try:
@@ -170,7 +184,7 @@ class LlamacppSession(Session):
         Raises `RuntimeError` if its probability is not a number; llama.cpp itself would go on with id 0.
         """
         chunks: list[bytes] = []
-        self._server.handle_completions(_body(Request(0, (0, 1), 1), logprobs=1), chunks.append)
+        self._server.handle_completions(_body(Request(0, (0, 1), 1, verify=True)), chunks.append)
         answers = [json.loads(chunk) for chunk in chunks]
         found = [choice["logprobs"] for answer in answers for choice in answer.get("choices", []) if choice["logprobs"]]
         if not found or found[0]["content"][0]["logprob"] is None:
@@ -237,7 +251,11 @@ class Flight:
             self.error = f"llama.cpp refused request {self.request.id}: {answer.get('error', answer)}"
             return True
         choice = answer["choices"][0]
-        for id_ in map(int, choice["text"].split()):
+        ids = [int(id_) for id_ in choice["text"].split()]
+        if self.request.verify and _doubtful(choice["logprobs"], len(ids)):
+            self.error = f"request {self.request.id}: the logits are not finite after {self.count} tokens"
+            return True
+        for id_ in ids:
             self.count += 1
             self.tokens.append(Token(self.request.id, id_, seconds))
             self.cancelled = self.cancelled or id_ in self.request.stop
@@ -272,8 +290,14 @@ class Stream(Iterator[Token]):
         self._flight.cancelled = True
 
 
-def _body(request: Request, **more: int) -> bytes:
-    """The request as the server reads it: one greedy sampler, nothing cached."""
+def _doubtful(logprobs: Json | None, count: int) -> bool:
+    """Whether one of `count` tokens came without a probability that is a number: llama.cpp then goes on with id 0."""
+    content = logprobs["content"] if logprobs else []
+    return len(content) != count or any(entry["logprob"] is None for entry in content)
+
+
+def _body(request: Request) -> bytes:
+    """The request as the server reads it: one greedy sampler, nothing cached; probabilities only to verify."""
     return json.dumps(
         {
             "prompt": list(request.prompt),
@@ -283,7 +307,7 @@ def _body(request: Request, **more: int) -> bytes:
             "samplers": ["top_k"],
             "cache_prompt": False,
             "stream": True,
-            **more,
+            **({"logprobs": 1} if request.verify else {}),
         }
     ).encode()
 

@@ -2,7 +2,8 @@
 
 The pairing is what makes small losses visible: items that both get right (or wrong) cancel out, and only the
 *flips* carry noise. Items of all tasks count equally; items of one cluster (a conversation) are resampled
-together. The same comparison is made per language, because a loss in one hides behind gains in another.
+together. The same comparison is made per language, because a loss in one hides behind gains in another, and per
+task, to show where it lies. The flips themselves are listed: ten of them read are worth more than a p-value.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hasten.errors import UserError
-from hasten.evaluation.statistics import Difference, mcnemar, non_inferiority_p, paired_difference
+from hasten.evaluation.difference import Difference, mcnemar, non_inferiority_p, paired_difference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,20 +21,43 @@ KEY = ["task", "item_id"]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A candidate against the reference on one split.
+class Part:
+    """A candidate against the reference on some items: all, a language's or a task's.
 
-    gained, lost: items that only the candidate, only the reference answers right. tasks: the same per task.
+    gained, lost: items that only the candidate, only the reference answers right. mcnemar_p: exact, two-sided, that
+    both are equally likely.
     """
 
     difference: Difference
-    p: float
-    mcnemar_p: float
     gained: int
     lost: int
-    languages: dict[str, Difference]
+    mcnemar_p: float
+
+    def describe(self) -> dict[str, Any]:
+        """As `verdict.json` holds it, differences in points."""
+        points = self.difference.points
+        return {
+            "points": points.value,
+            "ci95": points.ci95,
+            "n": points.n,
+            "clusters": self.difference.clusters,
+            "mcnemar_p": self.mcnemar_p,
+            "flips": {"gained": self.gained, "lost": self.lost},
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate against the reference on one split: pooled, per language and per task.
+
+    p, language_p: one-sided, that the loss is at least the margin.
+    """
+
+    pooled: Part
+    p: float
+    languages: dict[str, Part]
     language_p: dict[str, float]
-    tasks: dict[str, dict[str, int]]
+    tasks: dict[str, Part]
 
     @property
     def overall_p(self) -> float:
@@ -42,24 +66,14 @@ class Comparison:
 
     def describe(self, margin_points: float) -> dict[str, Any]:
         """The evidence as `verdict.json` holds it (differences in points)."""
-        points = self.difference.points
         return {
-            "points": points.value,
-            "ci95": points.ci95,
+            **self.pooled.describe(),
             "p": self.p,
             "margin_points": margin_points,
-            "n": points.n,
-            "clusters": self.difference.clusters,
-            "mcnemar_p": self.mcnemar_p,
-            "flips": {"gained": self.gained, "lost": self.lost},
-            "flips_per_task": self.tasks,
+            "flips_per_task": {task: {"gained": part.gained, "lost": part.lost} for task, part in self.tasks.items()},
+            "per_task": {task: part.describe() for task, part in self.tasks.items()},
             "per_language": {
-                language: {
-                    "points": part.points.value,
-                    "ci95": part.points.ci95,
-                    "p": self.language_p[language],
-                    "n": part.points.n,
-                }
+                language: {**part.describe(), "p": self.language_p[language]}
                 for language, part in self.languages.items()
             },
         }
@@ -78,23 +92,33 @@ def compare(
     Raises `UserError` unless both answered exactly the same items.
     """
     pairs = paired(candidate, reference)
-    change = pairs["correct_candidate"] - pairs["correct_reference"]
-    gained, lost = int((change > 0).sum()), int((change < 0).sum())
-    languages = {str(name): _difference(part, seed) for name, part in pairs.groupby("language")}
-    difference = _difference(pairs, seed)
+    pooled = _part(pairs, seed)
+    languages = {str(name): _part(part, seed) for name, part in pairs.groupby("language")}
     return Comparison(
-        difference=difference,
-        p=non_inferiority_p(difference, margin_points),
-        mcnemar_p=mcnemar(gained, lost),
-        gained=gained,
-        lost=lost,
+        pooled=pooled,
+        p=non_inferiority_p(pooled.difference, margin_points),
         languages=languages,
-        language_p={name: non_inferiority_p(part, language_margin_points) for name, part in languages.items()},
-        tasks={
-            str(task): {"gained": int((part > 0).sum()), "lost": int((part < 0).sum())}
-            for task, part in change.groupby(pairs["task"])
+        language_p={
+            name: non_inferiority_p(part.difference, language_margin_points) for name, part in languages.items()
         },
+        tasks={str(name): _part(part, seed) for name, part in pairs.groupby("task")},
     )
+
+
+def flips(candidate: pd.DataFrame, reference: pd.DataFrame) -> list[dict[str, str]]:
+    """The items that only one of two trials answered right, sorted by task and item.
+
+    Each has task, item_id, language, expected, output_reference, output_candidate and change ("gained" or "lost", from
+    the candidate's side). Raises `UserError` unless both answered exactly the same items.
+    """
+    pairs = paired(candidate, reference)
+    columns = [*KEY, "language", "expected", "output_reference", "output_candidate"]
+    flipped = pairs[pairs["correct_candidate"] != pairs["correct_reference"]]
+    changes = (flipped["correct_candidate"] > flipped["correct_reference"]).map({True: "gained", False: "lost"})
+    return [
+        {**{name: str(row[name]) for name in columns}, "change": change}
+        for row, change in zip(flipped[columns].to_dict("records"), changes.tolist(), strict=True)
+    ]
 
 
 def paired(candidate: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
@@ -113,10 +137,13 @@ def paired(candidate: pd.DataFrame, reference: pd.DataFrame) -> pd.DataFrame:
     return pairs.sort_values(KEY, ignore_index=True)
 
 
-def _difference(pairs: pd.DataFrame, seed: int) -> Difference:
-    return paired_difference(
-        pairs["correct_candidate"].tolist(),
-        pairs["correct_reference"].tolist(),
-        list(zip(pairs["task"], pairs["cluster_id"], strict=True)),
-        seed=seed,
-    )
+def clusters(answers: pd.DataFrame) -> list[tuple[str, str]]:
+    """What each row's answer is not independent of: conversations of different tasks are different."""
+    return list(zip(answers["task"].astype(str), answers["cluster_id"].astype(str), strict=True))
+
+
+def _part(pairs: pd.DataFrame, seed: int) -> Part:
+    candidate, reference = pairs["correct_candidate"], pairs["correct_reference"]
+    difference = paired_difference(candidate.tolist(), reference.tolist(), clusters(pairs), seed=seed)
+    gained, lost = int((candidate > reference).sum()), int((candidate < reference).sum())
+    return Part(difference, gained, lost, mcnemar(gained, lost))

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from hasten.artifacts import SCHEMA, Json, Variant, read_json
+from hasten.errors import UserError
+from hasten.evaluation import continuation
 from hasten.evaluation.latency import speed
+from hasten.evaluation.memory import apart_from_kv
 from hasten.evaluation.quality import agreement, by_task, pooled
+from hasten.evaluation.roofline import Work, nothing, roofline
 from hasten.evaluation.trial import Job, Outcome
 from hasten.evaluation.worker import task_folders
-
-LATER = "not measured by this version"
+from hasten.model.config_json import from_huggingface
 
 
 def measurement(
@@ -23,18 +26,30 @@ def measurement(
     *,
     machine: Json,
     build: Json | None = None,
+    predicted: Json | None = None,
+    ceilings: Json | None = None,
     reference: tuple[str, Sequence[dict[str, Any]]] | None = None,
 ) -> Json:
     """Everything about a trial, as JSON.
 
     machine: what `probe` wrote for the job's engine. build: {seconds, tokens, peak_memory_bytes} of
-    making the variant. reference: the name and the predictions of the trial whose answers these are
-    compared with.
+    making the variant. predicted: how well the variant predicts held-out text (`bits_per_byte/V.json`).
+    ceilings: what this machine can do (`hasten.ceilings`). reference: the name and the predictions of the trial whose
+    answers these are compared with.
     """
     variant = Variant(job.variant)
     why = dict(outcome.why)
-    for name in ("bits_per_byte", "ceilings", "mbu", "mfu"):
-        why[name] = LATER
+    predicted = predicted or {"languages": {}, "why": {"bits_per_byte": "no record of it was given"}}
+    why |= predicted["why"]
+    continued = continuation.summary(outcome.continuations)
+    if continued is None:
+        why.setdefault("continuation", "no text was continued")
+    apart, reason = apart_from_kv(outcome.peak_memory_bytes, outcome.memory.get("kv_cache"))
+    if reason:
+        why["peak_memory_apart_from_kv_bytes"] = reason
+    speeds = {name: speed(job.scenarios[name], repetitions) for name, repetitions in outcome.speed.items()}
+    limits = _limits(variant, outcome, speeds, ceilings)
+    why |= limits.pop("why")
     if outcome.status != "ok":
         why.update(dict.fromkeys(("quality", "speed"), f"the trial {outcome.status}"))
     why |= {f"memory.{name}": "the engine does not say" for name, value in outcome.memory.items() if value is None}
@@ -70,7 +85,12 @@ def measurement(
         "native_format": outcome.native_format,
         "artifact_bytes": variant.weight_bytes or None,
         "weight_bytes_per_token": outcome.weight_bytes_per_token,
+        "kv_bytes_per_position": outcome.kv_bytes_per_position,
+        "arithmetic": outcome.arithmetic,
+        "affinity": outcome.affinity,
         "peak_memory_bytes": outcome.peak_memory_bytes,
+        "peak_memory_apart_from_kv_bytes": apart,
+        "peak_gpu_memory_bytes": outcome.peak_gpu_memory_bytes,
         "memory": outcome.memory,
         "load_seconds": outcome.load_seconds,
         "compile_seconds": outcome.compile_seconds,
@@ -78,15 +98,12 @@ def measurement(
         "quality": _quality(job, outcome),
         "pooled": pooled(outcome.predictions),
         "agreement": agreed,
-        "bits_per_byte": None,
+        "bits_per_byte": {name: entry["value"] for name, entry in predicted["languages"].items()} or None,
+        "bits_per_byte_ci95": {name: entry["ci95"] for name, entry in predicted["languages"].items()} or None,
+        "continuation": continued,
         "headline": {name: scenario.headline_figure for name, scenario in job.scenarios.items()},
-        "speed": {
-            name: speed(job.scenarios[name], samples, outcome.contention.get(name), seed=job.seed)
-            for name, samples in outcome.samples.items()
-        },
-        "ceilings": None,
-        "mbu": None,
-        "mfu": None,
+        "speed": speeds,
+        **limits,
         "why": why,
     }
 
@@ -96,3 +113,18 @@ def _quality(job: Job, outcome: Outcome) -> Json:
         return {}
     manifests = {path.name: read_json(path / "manifest.json") for path in task_folders(job.tasks)}
     return by_task(outcome.predictions, manifests)
+
+
+def _limits(variant: Variant, outcome: Outcome, speeds: Json, ceilings: Json | None) -> Json:
+    """`ceilings`, `mbu`, `mfu`, `bound` and `roofline`, and the reasons for what is null."""
+    if outcome.weight_bytes_per_token is None or outcome.kv_bytes_per_position is None or not outcome.arithmetic:
+        ran = outcome.status == "ok"
+        return nothing("the engine does not say what it reads" if ran else f"the trial {outcome.status}")
+    if ceilings is None:
+        return nothing("the machine's ceilings were not given")
+    try:
+        shape = from_huggingface(variant.config)
+    except UserError:  # a family whose FLOPs the cost model does not count
+        shape = None
+    work = Work(shape, outcome.weight_bytes_per_token, outcome.kv_bytes_per_position, outcome.arithmetic)
+    return roofline(work, speeds, ceilings)

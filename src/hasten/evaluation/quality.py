@@ -45,29 +45,14 @@ def answer(
     items = data.items(split)
     limit = int(data.manifest["max_output_tokens"]) + EXTRA_TOKENS
     stop = frozenset({tokenizer.eos_id})
-    requests = [Request(i, tokenizer.prompt_ids(item.prompt), limit, stop) for i, item in enumerate(items)]
+    requests = [Request(i, tokenizer.prompt_ids(item.prompt), limit, stop, verify=True) for i, item in enumerate(items)]
     for request, item in zip(requests, items, strict=True):
         if len(request.prompt) + limit > max_context:
             raise UserError(
                 f"max_context must be at least {len(request.prompt) + limit} for item {item.id} of task "
                 f"{data.path.name}, got {max_context}"
             )
-    outputs: list[list[int]] = [[] for _ in items]
-    begun = 0
-    for token in session.generate(requests):
-        if not 0 <= token.request < len(outputs):
-            raise RuntimeError(f"the engine answered request {token.request}, which was not asked")
-        if not 0 <= token.id < vocabulary:
-            raise RuntimeError(f"the engine gave token id {token.id}, the vocabulary has {vocabulary}")
-        output = outputs[token.request]
-        if len(output) == limit or (output and output[-1] in stop):
-            raise RuntimeError("the engine went on after the end of a completion")
-        if not output:
-            begun += 1
-            report(begun, len(items))
-        output.append(token.id)
-    if begun < len(items):
-        raise RuntimeError(f"the engine answered {begun} of {len(items)} requests")
+    outputs = completions(session, requests, vocabulary, report)
     task = data.task
     rows: list[Row] = []
     for item, ids in zip(items, outputs, strict=True):
@@ -86,6 +71,40 @@ def answer(
             }
         )
     return rows
+
+
+def completions(session: Session, requests: Sequence[Request], vocabulary: int, report: Report) -> list[list[int]]:
+    """The token ids of every request, in their order; a request's id is its place.
+
+    vocabulary: how many token ids there are. Raises `RuntimeError` if the engine answers what was not asked, answers
+    less or more, or gives an id that does not exist.
+    """
+    outputs: list[list[int]] = [[] for _ in requests]
+
+    def ended(output: list[int], request: Request) -> bool:
+        return len(output) == request.max_tokens or bool(output and output[-1] in request.stop)
+
+    begun = 0
+    for token in session.generate(requests):
+        if not 0 <= token.request < len(outputs):
+            raise RuntimeError(f"the engine answered request {token.request}, which was not asked")
+        if not 0 <= token.id < vocabulary:
+            raise RuntimeError(f"the engine gave token id {token.id}, the vocabulary has {vocabulary}")
+        output = outputs[token.request]
+        if ended(output, requests[token.request]):
+            raise RuntimeError("the engine went on after the end of a completion")
+        if not output:
+            begun += 1
+            report(begun, len(requests))
+        output.append(token.id)
+    if begun < len(requests):
+        raise RuntimeError(f"the engine answered {begun} of {len(requests)} requests")
+    for output, request in zip(outputs, requests, strict=True):
+        if not ended(output, request):
+            raise RuntimeError(
+                f"the engine ended request {request.id} after {len(output)} of {request.max_tokens} tokens"
+            )
+    return outputs
 
 
 def by_task(rows: Sequence[Row], manifests: Mapping[str, Json]) -> Json:

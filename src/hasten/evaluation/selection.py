@@ -1,26 +1,31 @@
 """Who goes to the final: per scenario, the reference and the fastest variants that may still answer right.
 
-The reference is what the user has today: the float baseline on the engine that runs it fastest. Everything else
-must beat it on speed and must not *clearly* have lost accuracy on the validation split; the benefit of the doubt
-is given here, because the test split decides (`confirm`), once, on few candidates: choosing and judging on the
-same items would flatter the winner. Only native runs compete: a dequantised run is a reference for quality.
+The reference is what the user has today: the float baseline on the engine that runs it fastest. Who that is, and who
+is ahead of whom, screening alone cannot tell on a machine that drifts, so those in question take turns once more
+(`hasten.evaluation.qualifying`). Everything else must beat the reference on speed and must not *clearly* have lost
+accuracy on the validation split; the benefit of the doubt is given here, because the test split decides (`confirm`),
+once, on few candidates: choosing and judging on the same items would flatter the winner. Only native runs compete: a
+dequantised run is a reference for quality.
 
     python pipelines/select_finalists.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hasten.artifacts import SCHEMA, Json
 from hasten.errors import UserError
 from hasten.evaluation.comparison import Comparison, compare
+from hasten.evaluation.qualifying import Qualified, taking_part
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SPLIT = "validation"
+Qualify = Callable[[str, Sequence[str]], Qualified]
+"""Plays a scenario's qualifying round of these trials."""
 LIKELY = 0.1
 """Below this p-value, validation makes it likely that a candidate keeps every margin."""
 
@@ -34,20 +39,27 @@ def select(
     margin_points: float,
     language_margin_points: float,
     finalists: int = 2,
+    qualifiers: int = 6,
+    qualify: Qualify | None = None,
     seed: int = 0,
 ) -> Json:
     """`finalists.json` from all measurements (`measurements/T.json`) and predictions (by trial name).
 
     Each scenario's headline figure, and whether less of it is better, are what its measurements say.
-    finalists: how many candidates per scenario are confirmed, at most. Raises `UserError` for options out of range.
+    finalists: how many candidates per scenario are confirmed, at most. qualify: plays a round of the trials it is given
+    in a scenario, at most `qualifiers` of them; None: screening decides. Raises `UserError` for options out of range.
     """
     if finalists < 1:
         raise UserError(f"finalists must be at least 1, got {finalists}")
+    if qualifiers < 2:
+        raise UserError(f"qualifiers must be at least 2, got {qualifiers}")
     for field, margin in (("margin_points", margin_points), ("language_margin_points", language_margin_points)):
         if not 0 < margin < 100:
             raise UserError(f"{field} must be between 0 and 100, got {margin}")
     margins = {"margin_points": margin_points, "language_margin_points": language_margin_points}
-    entries = {name: _choose(measurements, predictions, name, margins, finalists, seed) for name in scenarios}
+    entries = {}
+    for name in scenarios:
+        entries[name] = _choose(measurements, predictions, name, margins, finalists, qualifiers, qualify, seed)
     return {"schema": SCHEMA, "plan": plan, **margins, "scenarios": entries}
 
 
@@ -57,6 +69,8 @@ def _choose(
     scenario: str,
     margins: Mapping[str, float],
     finalists: int,
+    most: int,
+    qualify: Qualify | None,
     seed: int,
 ) -> Json:
     speeds, rejected = _runners(measurements, scenario)
@@ -64,29 +78,49 @@ def _choose(
     baselines = [m["trial"] for m in measurements if m["trial"] in speeds and is_baseline(m)]
     if not baselines:
         return entry | {"why": "no trial of the float baseline was measured, so there is nothing to compare with"}
+    screened = max(baselines, key=lambda trial: speeds[trial])
+    likely: dict[str, bool] = {}  # rivals that may keep every margin: whether that is likely
+    for trial in speeds:
+        if trial not in baselines:
+            comparison = _compare(predictions, trial, screened, seed=seed, **margins)
+            if reason := accuracy_loss(comparison, **margins):
+                rejected[trial] = reason
+            else:
+                likely[trial] = comparison.overall_p < LIKELY
+
+    speeds = {trial: speed for trial, speed in speeds.items() if trial not in rejected}
+    round_of = taking_part(speeds, baselines, most)
+    played = qualify(scenario, round_of) if qualify and round_of else Qualified(why="screening decided")
+    if played.speeds:
+        for trial in speeds.keys() - played.speeds.keys():
+            rejected[trial] = (
+                played.failed.get(trial) or f"left behind: {speeds[trial] / speeds[screened]:.2f}x, screened"
+            )
+        speeds = played.speeds
+        baselines = [trial for trial in baselines if trial in speeds]
+        if not baselines:
+            return entry | {"why": f"no float baseline ran beside its rivals: {played.failed}"}
     reference = max(baselines, key=lambda trial: speeds[trial])
     ratios = {trial: speeds[trial] / speeds[reference] for trial in sorted(speeds, key=lambda trial: -speeds[trial])}
-    likely: dict[str, bool] = {}  # candidates, fastest first: whether they are likely to keep every margin
+    candidates: dict[str, bool] = {}  # fastest first
     for trial, ratio in ratios.items():
-        if trial == reference:
-            continue
-        if ratio <= 1:
+        if trial != reference and ratio <= 1:
             rejected[trial] = f"not faster than the reference: {ratio:.2f}x"
-            continue
-        comparison = _compare(predictions, trial, reference, seed=seed, **margins)
-        if reason := accuracy_loss(comparison, **margins):
-            rejected[trial] = reason
-        else:
-            likely[trial] = comparison.overall_p < LIKELY
-    chosen = seats(likely, finalists)
-    for trial in likely:
+        elif trial != reference:
+            candidates[trial] = likely.get(trial, True)
+    chosen = seats(candidates, finalists)
+    for trial in candidates:
         if trial not in chosen:
             rejected[trial] = (
                 f"{ratios[trial]:.2f}x, but the last place went to {chosen[-1]}, likelier to keep its accuracy"
                 if ratios[trial] > ratios[chosen[-1]]
                 else f"slower than the finalists: {ratios[trial]:.2f}x"
             )
-    return entry | {"reference": reference, "finalists": chosen}
+    peaks = {m["trial"]: m.get("peak_memory_bytes") for m in measurements if m["trial"] in (reference, *chosen)}
+    qualifying = {"speeds": ratios if played.speeds else None, "why": played.why}
+    return entry | {
+        "reference": reference, "finalists": chosen, "qualifying": qualifying, "peak_memory_bytes": peaks
+    }  # fmt: skip
 
 
 def is_baseline(measurement: Json) -> bool:
@@ -107,8 +141,8 @@ def seats(likely: Mapping[str, bool], finalists: int) -> list[str]:
 
 def accuracy_loss(comparison: Comparison, *, margin_points: float, language_margin_points: float) -> str | None:
     """Why a trial's accuracy is clearly beyond a margin, or None if it may still be within."""
-    parts = [("", comparison.difference, margin_points)]
-    parts += [(f" in {name}", part, language_margin_points) for name, part in comparison.languages.items()]
+    parts = [("", comparison.pooled.difference, margin_points)]
+    parts += [(f" in {name}", part.difference, language_margin_points) for name, part in comparison.languages.items()]
     for where, part, margin in parts:
         if part.points.high < -margin:
             return (

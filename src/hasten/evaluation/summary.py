@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from hasten.artifacts import Json, read_json
+from hasten.ceilings import ceilings
 from hasten.engine.base import Engine
 from hasten.hardware import libraries, machine
 
-SIZES = ("artifact_bytes", "weight_bytes_per_token", "peak_memory_bytes", "load_seconds", "compile_seconds")
+SIZES = (
+    "artifact_bytes",
+    "weight_bytes_per_token",
+    "kv_bytes_per_position",
+    "peak_memory_bytes",
+    "peak_memory_apart_from_kv_bytes",
+    "peak_gpu_memory_bytes",
+    "load_seconds",
+    "compile_seconds",
+    "mbu",
+    "mfu",
+)
 
 
 def machine_of(engine: Engine) -> Json:
     """This machine and the versions of an engine's libraries, as `probe` writes them."""
     return {**machine(), "libraries": libraries(engine.libraries)}
+
+
+def ceilings_of(engine: Engine) -> Json | None:
+    """What this machine can do with an engine's threads on its device, measured once; None if it cannot be."""
+    from hasten.evaluation.limits import cores
+
+    device = engine.devices[0] if engine.devices else "cpu"
+    try:
+        return ceilings(engine.thread_count, device, cores=cores(engine.thread_count))
+    except (RuntimeError, OSError) as error:
+        sys.stderr.write(f"the machine's ceilings could not be measured, so mbu and mfu are null: {error}\n")
+        return None
 
 
 def build_cost(record: Path) -> Json | None:
@@ -28,7 +53,7 @@ def build_cost(record: Path) -> Json | None:
 
 
 def figures(measurement: Json) -> dict[str, float | None]:
-    """Accuracy per task and language, every scenario's figures, sizes: by flat names."""
+    """Accuracy per task and language, long-text quality, every scenario's figures, sizes: by flat names."""
     flat: dict[str, float | None] = {name: measurement[name] for name in SIZES}
     for task, quality in measurement["quality"].items():
         for split in ("validation", "test"):
@@ -39,6 +64,19 @@ def figures(measurement: Json) -> dict[str, float | None]:
         flat |= {f"{split}_accuracy_{language}": part["accuracy"] for language, part in whole["languages"].items()}
     for scenario, entry in measurement["speed"].items():
         flat |= {f"{scenario}_{name}": entry[name] for name in entry["ci95"]}
+        flat |= {f"{scenario}_{name}": entry[name] for name in ("contention_cores", "energy_joules_per_token")}
+    flat |= {f"bits_per_byte_{name}": value for name, value in (measurement["bits_per_byte"] or {}).items()}
+    return flat | _continued(measurement["continuation"])
+
+
+def _continued(entry: Json | None) -> dict[str, float | None]:
+    """`continuation_bits_per_byte`, `continuation_repetition_rate_zh` and so on."""
+    if entry is None:
+        return {}
+    flat: dict[str, float | None] = {}
+    for suffix, part in {"": entry, **{f"_{name}": part for name, part in entry["languages"].items()}}.items():
+        for name in ("bits_per_byte", "repetition_rate", "tokens_until_divergence_p50"):
+            flat[f"continuation_{name}{suffix}"] = part[name]
     return flat
 
 
@@ -57,4 +95,6 @@ def tell(measurement: Json) -> None:
         rate = entry.get("decode_tokens_per_second")
         speed = f", {rate:,.0f} tokens/s decode" if rate else ""
         parts.append(f"{scenario} {entry['headline']} {entry[entry['headline']]:.4g}{speed} ({entry['validity']})")
+        if why := measurement["roofline"].get(scenario, {}).get("why"):
+            parts.append(why)
     console.print("  ".join(parts), soft_wrap=True)

@@ -1,58 +1,87 @@
 """The other side of a trial: load, answer, time, report, in a process that does nothing else.
 
-Started by `hasten.evaluation.trial.run` as `python -m hasten.evaluation.worker`; the job comes
-through standard input, which then stays open for as long as somebody wants the result. The outcome
-is written in one piece at the very end: no outcome means that the process died.
+`hasten.evaluation.child` connects it with whoever waits for the outcome. An answer is sent in one piece
+when all is done: no answer means that the process died.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import pickle
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
 from hasten.artifacts import Variant, load_checkpoint
 from hasten.engine.base import Session
 from hasten.errors import UserError
 from hasten.evaluation import memory
-from hasten.evaluation.contention import NOISY_CORES, Contention
-from hasten.evaluation.trial import BUILT, Call, Job, Outcome
-from hasten.scenario.base import Report, Scenario
+from hasten.evaluation.conditions import Repetition, Watch
+from hasten.evaluation.trial import BUILT, Call, Job, Judge, Outcome, Turn
+from hasten.scenario.base import Report, Scenario, part_seed
 from hasten.scenario.prompts import PromptSource
-from hasten.scenario.timing import Sample
+from hasten.scenario.timing import check_clock
 
 LONGEST_ERROR = 300
 DRAW_SECONDS = 0.5
 
 
-def main() -> None:
-    call = pickle.load(sys.stdin.buffer)
-    assert isinstance(call, Call)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+class Line(Protocol):
+    """Whoever gives the commands."""
+
+    def receive(self) -> Any:
+        """The next command."""
+        ...
+
+    def answer(self, **fields: Any) -> None:
+        """An answer to it."""
+        ...
+
+    def doing(self, what: str) -> None:
+        """What comes next."""
+        ...
+
+
+def serve(line: Line) -> None:
+    """Follow commands until one fails; then there is nothing left to ask this process for."""
     try:
-        outcome = measure(call.job, stop_after_build=call.stop_after_build)
+        call = line.receive()
+        if isinstance(call, Judge):
+            from hasten.evaluation import continuation
+
+            line.doing("judging continuations")
+            line.answer(rows=continuation.judge(call.rows, call.baseline, call.tokenizer))
+        elif not call.wait:
+            line.answer(outcome=measure(call.job, line, stop_after_build=call.stop_after_build).to_json())
+        else:
+            _take_turns(call, line)
     except BaseException as error:
         if not isinstance(error, UserError):
             traceback.print_exc()
-        outcome = Outcome("failed", sentence(error))
-    partial = call.outcome.with_suffix(".partial")
-    partial.write_text(outcome.to_json(), encoding="utf-8")
-    partial.replace(call.outcome)
+        line.answer(outcome=Outcome("failed", sentence(error)).to_json())
     sys.stderr.flush()
-    os._exit(0)  # numeric libraries take seconds to tear down, and some crash doing it
+    line.receive()  # wait to be ended: numeric libraries take seconds to tear down, and some crash doing it
 
 
-def _leave_with_parent() -> None:
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os._exit(1)
+def _take_turns(call: Call, line: Line) -> None:
+    outcome, session = load(call.job, line, stop_after_build=call.stop_after_build)
+    if session is None:
+        line.answer(outcome=outcome.to_json())
+        return
+    prompts = PromptSource(call.job.tokens)
+    line.answer(outcome=outcome.to_json())
+    while True:
+        turn = line.receive()
+        assert isinstance(turn, Turn)
+        line.doing(f"running {turn.scenario}")
+        scenario = call.job.scenarios[turn.scenario].turn()
+        samples = scenario.measure(session, prompts, turn.seed, lambda done, total: None)
+        line.answer(samples=[asdict(sample) for sample in samples])
 
 
 def sentence(error: BaseException) -> str:
@@ -63,14 +92,14 @@ def sentence(error: BaseException) -> str:
     return text if len(text) <= LONGEST_ERROR else text[: LONGEST_ERROR - 3] + "..."
 
 
-def measure(job: Job, *, stop_after_build: bool = False) -> Outcome:
-    """Everything the job asks for, in this process."""
+def load(job: Job, line: Line, *, stop_after_build: bool = False) -> tuple[Outcome, Session | None]:
+    """The engine with the variant in it, and what is known by then. Without a session where it cannot run or stops."""
     variant = load_checkpoint(job.variant)
     if not isinstance(variant, Variant):
         raise UserError(f"{job.variant} is not a variant: its manifest.json must have kind 'variant'")
     support = job.engine.supports(variant)
     if not support:
-        return Outcome("refused", support.reason or "the engine gave no reason")
+        return Outcome("refused", support.reason or "the engine gave no reason"), None
     for name, scenario in job.scenarios.items():
         if scenario.context_tokens > job.engine.max_context:
             raise UserError(
@@ -78,30 +107,59 @@ def measure(job: Job, *, stop_after_build: bool = False) -> Outcome:
                 f"for scenario {name}, got {job.engine.max_context}"
             )
     outcome = Outcome("ok", native=support.native, native_format=support.native_format)
+    if hasattr(os, "sched_getaffinity"):
+        outcome.affinity = sorted(os.sched_getaffinity(0))
+    else:
+        outcome.why["affinity"] = f"{sys.platform} does not confine processes to cores"
     cached = _files(job.cache)
+    line.doing("loading")
     memory.reset_peak()
     session = job.engine.load(variant, job.cache)
     gc.collect()
     gc.freeze()  # the collector must not walk through the libraries' many objects while requests are timed
+    outcome.compile_seconds = session.compile_seconds
+    if _files(job.cache) - cached:
+        if stop_after_build:
+            session.close()
+            outcome.status = BUILT
+            return outcome, None
+    elif session.compile_seconds > 0:
+        outcome.why["compile_seconds"] = "built by an earlier run; this is the time to find it again"
+    outcome.kernel = session.kernel
+    outcome.arithmetic = session.arithmetic
+    outcome.load_seconds = session.load_seconds
+    outcome.weight_bytes_per_token = session.weight_bytes_per_token
+    outcome.kv_bytes_per_position = session.kv_bytes_per_position
+    return outcome, session
+
+
+def measure(job: Job, line: Line, *, stop_after_build: bool = False) -> Outcome:
+    """Everything the job asks for, in this process."""
+    outcome, session = load(job, line, stop_after_build=stop_after_build)
+    if session is None:
+        return outcome
     try:
-        outcome.compile_seconds = session.compile_seconds
-        if _files(job.cache) - cached:
-            if stop_after_build:
-                outcome.status = BUILT
-                return outcome
-        elif session.compile_seconds > 0:
-            outcome.why["compile_seconds"] = "built by an earlier run; this is the time to find it again"
-        outcome.kernel = session.kernel
-        outcome.load_seconds = session.load_seconds
-        outcome.weight_bytes_per_token = session.weight_bytes_per_token
-        if job.scenarios:
-            _speed(job, session, outcome)
+        for name, scenario in job.scenarios.items():
+            line.doing(f"running {name}")
+            outcome.speed[name] = repetitions(job, name, scenario, session)
         outcome.memory = session.memory()
         outcome.peak_memory_bytes, why = memory.peak_bytes()
         if why:
             outcome.why["peak_memory_bytes"] = why
-        if job.splits:  # last, so that the libraries that read tasks do not count as the engine's memory
-            outcome.predictions = _predictions(job, session, variant)
+        gpu = memory.gpu_bytes(job.engine.devices)
+        outcome.peak_gpu_memory_bytes = gpu.bytes
+        if gpu.why or gpu.source:
+            outcome.why["peak_gpu_memory_bytes"] = gpu.why or f"read through {gpu.source}"
+        # Last, so that the libraries that read tasks do not count as the engine's memory.
+        if job.splits:
+            outcome.predictions = _predictions(job, session, line)
+        if job.continuation is not None:
+            from hasten.evaluation import continuation
+
+            line.doing("continuing texts")
+            with _progress(f"{job.trial}: continuation") as report:
+                outcome.continuations = continuation.generate(session, job, report)
+        line.doing("closing")
     finally:
         session.close()
     return outcome
@@ -112,49 +170,48 @@ def _files(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if path.is_file()}
 
 
-def _speed(job: Job, session: Session, outcome: Outcome) -> None:
-    prompts = PromptSource(job.tokens)
-    for name, scenario in job.scenarios.items():
-        with _progress(f"{job.trial}: {name}") as report:
-            outcome.samples[name], quietest = quietly(scenario, session, prompts, job.seed, report)
-        outcome.contention[name] = quietest.cores
-        if quietest.why:
-            outcome.why[f"contention.{name}"] = quietest.why
+def repetitions(job: Job, name: str, scenario: Scenario, session: Session) -> list[Repetition]:
+    """The scenario in its parts; one that was disturbed is measured again while patience lasts.
 
-
-def quietly(
-    scenario: Scenario, session: Session, prompts: PromptSource, seed: int, report: Report
-) -> tuple[list[Sample], Contention]:
-    """Measure; while other processes disturb, measure again; keep the least disturbed attempt.
-
-    The choice looks at the others' processor time only, never at the result.
+    Again with the same prompts; the least disturbed attempt is kept. The choice looks at the machine only, never at the
+    result. An attempt that would probably end after `patience_seconds` of repeating does not begin.
     """
-    start = time.monotonic()
-    kept: tuple[float, list[Sample], Contention] | None = None
-    while True:
-        begun, watch = time.monotonic(), Contention()
-        with watch:
-            samples = scenario.measure(session, prompts, seed, report)
-        if watch.cores is None or watch.cores <= NOISY_CORES:
-            return samples, watch
-        if kept is None or watch.cores < kept[0]:
-            kept = watch.cores, samples, watch
-        now = time.monotonic()
-        if now - start + (now - begun) > scenario.patience_seconds:
-            return kept[1:]
+    prompts = PromptSource(job.tokens)
+    patience = scenario.patience_seconds
+    kept: list[Repetition] = []
+    with _progress(f"{job.trial}: {name}") as report:
+        for number, part in enumerate(scenario.parts()):
+            attempts = 0
+            best: Repetition | None = None
+            while True:
+                attempts += 1
+                with Watch(job.engine.devices) as watch:
+                    samples = part.measure(session, prompts, part_seed(job.seed, number), report)
+                found = watch.conditions
+                if best is None or found.disturbance < best.conditions.disturbance:
+                    best = Repetition(samples, found)
+                patience -= found.seconds if attempts > 1 else 0
+                if found.quiet or found.seconds > patience:
+                    break
+            kept.append(Repetition(best.samples, best.conditions, attempts))
+    # Where others computed, a reader that had to wait for a core looks like an engine that hides part of the time.
+    if trusted := [sample for part in kept if part.conditions.quiet for sample in part.samples]:
+        check_clock(trusted)
+    return kept
 
 
-def _predictions(job: Job, session: Session, variant: Variant) -> list[dict[str, object]]:
+def _predictions(job: Job, session: Session, line: Line) -> list[dict[str, object]]:
     from hasten.evaluation.quality import answer
     from hasten.task.data import TaskData
     from hasten.tokenizer.base import load_tokenizer
 
     tokenizer = load_tokenizer(job.tokenizer)
-    vocabulary = max(tokenizer.vocab_size, int(variant.config.get("vocab_size", 0)))
+    vocabulary = max(tokenizer.vocab_size, int(Variant(job.variant).config.get("vocab_size", 0)))
     rows: list[dict[str, object]] = []
     for path in task_folders(job.tasks):
         data = TaskData(path)
         for split in job.splits:
+            line.doing(f"answering {path.name} ({split})")
             with _progress(f"{job.trial}: {path.name} ({split})") as report:
                 rows += answer(session, data, tokenizer, split, job.engine.max_context, vocabulary, report)
     return rows
@@ -186,7 +243,3 @@ def _progress(description: str) -> Iterator[Report]:
                 drawn = time.monotonic()
 
         yield report
-
-
-if __name__ == "__main__":
-    main()

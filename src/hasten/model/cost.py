@@ -56,12 +56,22 @@ class Cost:
         """KV cache of that many tokens."""
         return 2 * self.config.layers * self.config.kv_heads * self.config.head_width * tokens * element_bytes
 
-    def prefill_flops(self, tokens: int) -> int:
-        """Forward FLOPs of a prompt whose every position's logits are computed, causal attention counted in full."""
+    def prefill_flops(self, tokens: int, logits: int | None = None) -> int:
+        """Forward FLOPs of a prompt, causal attention counted in full (as for PaLM, Chowdhery et al. 2022, appendix B).
+
+        logits: for how many positions the head is computed, all by default.
+        """
         c = self.config
-        matrices = 2 * tokens * (c.layers * self.block_matrix_parameters + self.embedding_parameters)
+        head = 2 * (tokens if logits is None else logits) * self.embedding_parameters
+        matrices = 2 * tokens * c.layers * self.block_matrix_parameters + head
         attention = 4 * c.layers * c.heads * c.head_width * tokens * tokens
         return matrices + attention
+
+    def decode_flops(self, positions: float) -> int:
+        """Forward FLOPs of one token that attends to that many positions (itself among them)."""
+        c = self.config
+        matrices = 2 * (c.layers * self.block_matrix_parameters + self.embedding_parameters)
+        return matrices + round(4 * c.layers * c.heads * c.head_width * positions)
 
     def training_flops(self, tokens: int, sequence_length: int) -> int:
         """Forward and backward (twice the forward) over `tokens` in sequences of that length."""

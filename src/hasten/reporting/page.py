@@ -27,12 +27,14 @@ def write(
     *,
     titles: Mapping[str, str] | None = None,
     stages: Mapping[str, Json] | None = None,
+    flips: Mapping[str, Sequence[Json]] | None = None,
 ) -> None:
     """Write the page atomically.
 
-    picture: `frontier.png`, embedded. stages: `{name: {seconds, budget_seconds}}` of the run, either may be None.
+    picture: `frontier.png`, embedded. flips: by finalist, the answers that changed. stages:
+    `{name: {seconds, budget_seconds}}` of the run, either may be None.
     """
-    text = render(measurements, verdict, picture.read_bytes(), titles=titles, stages=stages)
+    text = render(measurements, verdict, picture.read_bytes(), titles=titles, stages=stages, flips=flips)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -44,6 +46,7 @@ def render(
     *,
     titles: Mapping[str, str] | None = None,
     stages: Mapping[str, Json] | None = None,
+    flips: Mapping[str, Sequence[Json]] | None = None,
 ) -> str:
     """The page as text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -61,6 +64,7 @@ def render(
             "title": (titles or {}).get(name, name),
             "verdict": entry,
             "speed": speed_table(measurements, name),
+            "limits": limits(measurements, name),
             "bars": bars(entry, verdict["margin_points"]),
             "first": quantity(entry["headline"] or "speed"),
         }
@@ -75,6 +79,8 @@ def render(
         measurements=measurements,
         answered=[m for m in ok if SPLIT in m["pooled"]],
         tasks=tasks(ok),
+        texts=texts(ok),
+        flips=flips or {},
         languages=sorted({name for m in ok for name in m["pooled"].get(SPLIT, {}).get("languages", {})}),
         reference=next((m for m in ok if m["trial"] in {e["reference"] for e in verdict["scenarios"].values()}), None),
         stages=stage_rows(stages or {}),
@@ -91,6 +97,37 @@ def tasks(measurements: Sequence[Json]) -> dict[str, Json]:
                 facts = {"language": quality["language"], "n": quality[SPLIT]["n"], **quality["baseline"]}
                 found.setdefault(name, {"majority": None, "tfidf": None} | facts)
     return dict(sorted(found.items()))
+
+
+def limits(measurements: Sequence[Json], scenario: str) -> Json | None:
+    """How far trials are from what the machine can do: {rows: [{trial, roofline}], cache, dram, date, validity}, those
+    nearest to their limit first; ceilings in bytes per second. None where nothing is known of any."""
+    known = [m for m in measurements if "decode" in m["roofline"].get(scenario, {})]
+    if not known:
+        return None
+    known.sort(key=lambda m: -m["roofline"][scenario]["decode"]["share"])
+    ceilings = known[0]["ceilings"]
+    return {
+        "rows": [{"trial": m["trial"], "roofline": m["roofline"][scenario]} for m in known],
+        "cache": ceilings["cache_read_bytes_per_second"],
+        "dram": ceilings["dram_read_bytes_per_second"],
+        "date": ceilings["date"],
+        "validity": ceilings["validity"],
+    }
+
+
+def texts(measurements: Sequence[Json]) -> Json:
+    """Trials with figures on longer texts: {rows, languages, output_tokens, reference (has the baseline's figures)}."""
+    rows = [m for m in measurements if m["bits_per_byte"] or m["continuation"]]
+    continued = [m["continuation"] for m in rows if m["continuation"]]
+    languages = {name for m in rows for name in m["bits_per_byte"] or {}}
+    languages |= {name for entry in continued for name in entry["languages"]}
+    return {
+        "rows": rows,
+        "languages": sorted(languages),
+        "output_tokens": continued[0]["output_tokens"] if continued else 0,
+        "reference": continued[0] if continued else None,
+    }
 
 
 def speed_table(measurements: Sequence[Json], scenario: str) -> Json:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.artifacts import Json, read_json, write_json
+from hasten.artifacts import Json, read_json, replacing, write_json
 from hasten.config import discover
+from hasten.evaluation.comparison import flips
 from hasten.evaluation.decision import confirmed
 from hasten.evaluation.quality import agreement
 from hasten.reporting import page, picture
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ORDER = ("prepare", "pretrain", "finetune", "compress", "evaluate", "select", "confirm")
+FLIP = ("task", "item_id", "language", "expected", "output_reference", "output_candidate", "change")
 Facts = dict[str, tuple[dict[str, str], dict[str, float | None]]]
 
 
@@ -44,13 +47,35 @@ def write_reports(
     result = verdict(measurements, finalists, evidence, titles=titles)
     agreements = agreement_with_reference(measurements, predictions)
     shown = [{**m, "agreement": agreements.get(m["trial"])} for m in measurements]
-    files = [reports / name for name in ("verdict.json", "frontier.png", "report.html", "metrics.json")]
+    files = [reports / name for name in ("verdict.json", "frontier.png", "report.html", "metrics.json", "flips.csv")]
     write_json(files[0], result)
     picture.draw(shown, result, files[1], titles=titles)
     stages = stage_seconds(artifacts / "runs", plan.get("budget_seconds", {}))
-    page.write(shown, result, files[1], files[2], titles=titles, stages=stages)
+    changed = changed_answers(answers, finalists)
+    page.write(shown, result, files[1], files[2], titles=titles, stages=stages, flips=changed)
     write_json(files[3], metrics(shown, result))
+    write_flips(changed, files[4])
     return result, files, {m["trial"]: facts(m["trial"], result, agreements) for m in measurements}
+
+
+def changed_answers(answers: pd.DataFrame, finalists: Json) -> dict[str, list[Json]]:
+    """By finalist, the test items that only it or only its reference answered right."""
+    found: dict[str, list[Json]] = {}
+    by_trial = {} if answers.empty else {str(trial): part for trial, part in answers.groupby("trial")}
+    for entry in finalists["scenarios"].values():
+        for trial in entry["finalists"]:
+            if trial in by_trial and entry["reference"] in by_trial:
+                found[trial] = [dict(flip) for flip in flips(by_trial[trial], by_trial[entry["reference"]])]
+    return found
+
+
+def write_flips(changed: Mapping[str, Sequence[Json]], path: Path) -> None:
+    """`flips.csv`: every changed answer of every finalist, atomically; the header alone where there is none."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, ["trial", *FLIP], lineterminator="\n")
+        table.writeheader()
+        for trial, rows in changed.items():
+            table.writerows({"trial": trial, **row} for row in rows)
 
 
 def agreement_with_reference(

@@ -1,8 +1,8 @@
 """The verdict: per scenario, which variant on which engine is the answer, and on what evidence.
 
 The champion is the fastest finalist that the confirmation shows to be both clearly faster than the reference
-and non-inferior to it; if there is none, the reference stays. What was not chosen is listed with its reason,
-because "why not int4?" is the first thing a reader asks.
+and non-inferior to it, on a quiet machine; if there is none, the reference stays. What was not chosen is listed with
+its reason, because "why not int4?" is the first thing a reader asks.
 
     python pipelines/report.py plan=default
 """
@@ -65,6 +65,7 @@ def _scenario(selected: Json, proof: Json, margins: Json) -> Json:
         "needs_items": None,
         "decisive_language": None,
         "confirmed": trials,
+        "turns": proof.get("turns"),
         "rejected": rejected,
         "why": selected.get("why"),
     }
@@ -107,6 +108,8 @@ def shortfall(trial: Json | None, margins: Json) -> str | None:
     speedup = trial["speedup"]
     if speedup["ratio"] is None:
         return f"of unknown speed-up: {speedup['why']}"
+    if trial["validity"] == "noisy":
+        return f"not settled: the machine was not quiet while they took turns ({times(speedup)} so far); confirm again"
     if speedup["ci95"][0] <= 1:
         return f"not clearly faster than the reference: {times(speedup)}"
     if trial["decision"] == Decision.inferior.value:
@@ -132,8 +135,10 @@ def sentence(entry: Json, title: str) -> str:
     kept = f"keep the reference, {spoken(reference)}, for {title}: "
     if contender is None:
         return f"{kept}{entry['why']}"
-    speedup = entry["confirmed"][contender]["speedup"]
-    faster = f"{times(speedup)} faster but its accuracy is " if speedup["ci95"] and speedup["ci95"][0] > 1 else ""
+    trial = entry["confirmed"][contender]
+    speedup, sure = trial["speedup"], trial["validity"] != "noisy"
+    clearly = sure and speedup["ci95"] and speedup["ci95"][0] > 1
+    faster = f"{times(speedup)} faster but its accuracy is " if clearly else ""
     return f"{kept}{spoken(contender)} is {faster}{entry['rejected'][contender]}"
 
 
@@ -175,7 +180,7 @@ def _closest(ranked: Sequence[str], trials: Json) -> str | None:
 
 
 def _caution(entry: Json, trial: str) -> str:
-    return f"; the measurement is {entry['confirmed'][trial]['validity']}"
+    return f"; the measurement is a {entry['confirmed'][trial]['validity']}"
 
 
 def _loss(trial: Json, margins: Json) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 from hasten.engine.base import Session
 from hasten.errors import UserError
@@ -20,6 +20,17 @@ from hasten.scenario.timing import Sample
 
 Report = Callable[[int, int], None]
 """Called with (requests done, requests in all) while a scenario runs."""
+
+LEAST = {
+    "requests": 1,
+    "warmup": 0,
+    "repetitions": 1,
+    "minimum_requests": 1,
+    "patience_seconds": 0,
+    "turn_requests": 1,
+    "turn_warmup": 0,
+}
+"""The least value of every option that all scenarios have."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +46,20 @@ class Scenario(ABC):
     """Options every scenario has.
 
     requests: how many are timed. warmup: how many run before them at the same shape, untimed.
-    minimum_requests: a result from fewer is a `preview`. patience_seconds: while other
-    processes disturb it, a scenario is measured again as long as another attempt fits into this time; the least
-    disturbed one counts.
+    repetitions: into how many parts the timed requests are divided; each has its own conditions, and only the ones
+    that were disturbed are measured again. minimum_requests: a result from fewer is a `preview`.
+    patience_seconds: what measuring disturbed parts again may take in all; of each part the least disturbed attempt
+    counts. turn_requests, turn_warmup: the same as `requests` and `warmup` for one turn of a confirmation, in which
+    variants take short turns side by side.
     """
 
     requests: int = 40
     warmup: int = 3
+    repetitions: int = 4
     minimum_requests: int = 20
     patience_seconds: float = 20.0
+    turn_requests: int = 4
+    turn_warmup: int = 1
 
     title: ClassVar[str]
     """What the scenario is called in sentences."""
@@ -52,7 +68,7 @@ class Scenario(ABC):
     lower_is_better: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for field, least in (("requests", 1), ("warmup", 0), ("minimum_requests", 1), ("patience_seconds", 0)):
+        for field, least in LEAST.items():
             if getattr(self, field) < least:
                 raise UserError(f"{field} must be at least {least}, got {getattr(self, field)}")
 
@@ -79,6 +95,23 @@ class Scenario(ABC):
     def figures(self, samples: Sequence[Sample]) -> dict[str, Figure]:
         """What is reported, by name with its unit; `headline_figure` is one of them."""
 
+    def parts(self) -> list[Self]:
+        """The scenario in `repetitions` parts of about equal length, at most one per request.
+
+        The first ones get one request more where they do not divide evenly. Only the first one warms up: the others
+        follow at once in the same session. Give each part its own seed (`part_seed`), so that no prompt returns.
+        """
+        count = min(self.repetitions, self.requests)
+        least, more = divmod(self.requests, count)
+        return [
+            replace(self, requests=least + (part < more), warmup=self.warmup if part == 0 else 0, repetitions=1)
+            for part in range(count)
+        ]
+
+    def turn(self) -> Self:
+        """The scenario as short as a turn of a confirmation."""
+        return replace(self, requests=self.turn_requests, warmup=self.turn_warmup, repetitions=1)
+
     def headline_values(self, samples: Sequence[Sample]) -> list[float]:
         """The headline's value for every request."""
         return list(self.figures(samples)[self.headline_figure].values)
@@ -86,3 +119,8 @@ class Scenario(ABC):
     def describe(self) -> dict[str, Any]:
         """The options, for the record."""
         return {"scenario": self.name, **vars(self)}
+
+
+def part_seed(seed: int, part: int) -> int:
+    """The seed of a part's prompts: its own for every part of every seed; the first part keeps the seed itself."""
+    return seed + part * 1_000_003

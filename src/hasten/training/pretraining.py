@@ -11,8 +11,9 @@ import torch
 from hasten.artifacts import Tokens, replacing
 from hasten.errors import UserError
 from hasten.model.config import ModelConfig
+from hasten.model.config_json import to_huggingface
 from hasten.model.decoder import Decoder
-from hasten.model.huggingface import decoder_tensors, save_checkpoint, to_huggingface
+from hasten.model.huggingface import decoder_tensors, save_checkpoint
 from hasten.tokenizer.base import load_tokenizer
 from hasten.training.data import PackedTokens
 from hasten.training.loop import Fitted, Metrics, fit

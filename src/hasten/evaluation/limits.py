@@ -1,0 +1,117 @@
+"""What a trial's process may take: time, memory and cores; and what the kernel says about running out.
+
+Every worker is confined to the same cores, as many as its engine has threads, so that no engine gains by
+spreading over more of them than it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from hasten.errors import UserError
+
+DEFAULT_SHARE = 0.9
+"""How much of the machine's memory a trial may take if nothing else is said."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Limits:
+    """For one process of a trial with all it starts.
+
+    timeout_seconds: for each thing it is asked. memory_bytes: resident; None stands for nine tenths of what
+    the machine (or the container) has.
+    """
+
+    timeout_seconds: float = 600.0
+    memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.timeout_seconds > 0:
+            raise UserError(f"timeout_seconds must be above 0, got {self.timeout_seconds:g}")
+        if self.memory_bytes is not None and self.memory_bytes <= 0:
+            raise UserError(f"memory_bytes must be above 0, got {self.memory_bytes}")
+
+    @classmethod
+    def of(cls, timeout_seconds: float, memory_limit_gib: float) -> Limits:
+        """From a stage's options, where a memory limit of 0 stands for the default."""
+        if not memory_limit_gib >= 0:
+            raise UserError(
+                f"memory_limit_gib must be 0 (nine tenths of the machine's) or more, got {memory_limit_gib}"
+            )
+        return cls(timeout_seconds, round(memory_limit_gib * GIB) if memory_limit_gib else None)
+
+    @property
+    def memory(self) -> int:
+        """Bytes, with the default resolved."""
+        return self.memory_bytes or int(DEFAULT_SHARE * machine_memory_bytes())
+
+    @property
+    def memory_sentence(self) -> str:
+        """The limit as it is called in an error."""
+        default = ", nine tenths of this machine's memory" if self.memory_bytes is None else ""
+        return f"memory_limit_gib ({self.memory / GIB:.3g} GiB{default})"
+
+
+def machine_memory_bytes(system: Path = Path("/")) -> int:
+    """The machine's memory, or less where a control group (a container) allows less."""
+    total = int(psutil.virtual_memory().total)
+    names = {"": "memory.max", "memory": "memory.limit_in_bytes"}
+    for controller, name in names.items():
+        for folder in control_groups(controller, system):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
+                total = min(total, int((folder / name).read_text()))
+    return total
+
+
+def control_groups(controller: str, system: Path = Path("/")) -> list[Path]:
+    """The folders of this process' control group and of those above it; controller "" is version 2's one tree.
+
+    A container sees its own group as the root, whatever /proc/self/cgroup says, so the root is always there.
+    """
+    root = system / "sys/fs/cgroup" / controller
+    try:
+        lines = (system / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, names, path = line.split(":", 2)
+        if controller in names.split(","):
+            own = root / path.strip("/")
+            return [own, *(parent for parent in own.parents if parent.is_relative_to(root))] if own != root else [root]
+    return []
+
+
+def oom_kills(system: Path = Path("/")) -> int | None:
+    """How many processes the kernel has killed because memory ran out, since boot; None if it does not say."""
+    try:
+        lines = (system / "proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
+def cores(count: int, allowed: Collection[int] | None = None, system: Path = Path("/")) -> list[int] | None:
+    """The `count` cores every worker is confined to, sorted: the first allowed ones, each physical core once first.
+
+    Fewer if fewer are allowed. None where the system cannot confine a process.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    seen: set[str] = set()
+    first: list[int] = []
+    siblings: list[int] = []
+    for core in sorted(os.sched_getaffinity(0) if allowed is None else allowed):
+        try:
+            physical = (system / f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text().strip()
+        except OSError:
+            physical = str(core)
+        (siblings if physical in seen else first).append(core)
+        seen.add(physical)
+    return sorted([*first, *siblings][:count])

@@ -1,0 +1,176 @@
+"""How far a trial is from what its machine could do, and what holds it back: the roofline.
+
+A phase (decoding one token, or prefilling one prompt) has to read some bytes and to make some
+multiplications. The machine needs at least bytes / bandwidth seconds for the first and FLOPs / rate for the
+second (Williams, Waterman and Patterson 2009, https://doi.org/10.1145/1498765.1498785). Whichever is
+longer is the limit, and its share of the measured time says how near the engine comes:
+
+- MBU, model bandwidth utilisation, is the first share (Databricks 2023,
+  https://www.databricks.com/blog/llm-inference-performance-engineering-best-practices):
+  (weight bytes + KV bytes) read per token / seconds per token / measured bandwidth;
+- MFU, model FLOPs utilisation, is the second (Chowdhery et al. 2022, arXiv:2204.02311):
+  FLOPs that the model needs / seconds / measured rate.
+
+A phase that neither explains to at least half is overhead-bound: calls, waiting threads, unpacking integers.
+Ceilings come from `hasten.ceilings`; the bandwidth is that at the trial's own working set, because a
+small model lives in the cache. Everything here is arithmetic on numbers that were measured before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hasten.artifacts import Json
+from hasten.ceilings import read_rate
+from hasten.model.config import ModelConfig
+from hasten.model.cost import Cost
+
+EXPLAINS = 0.5
+"""The share of the measured time from which on a limit counts as what binds."""
+IMPOSSIBLE = 1.1
+"""Above this share of a ceiling, the ceiling is wrong."""
+NEEDED = ("ttft_seconds_p50", "tpot_seconds_p50")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a loaded variant does for a token, as its session says.
+
+    config: the model's shape, None for a family whose FLOPs are not counted. weight_bytes_per_token: read for every
+    decoded token. kv_bytes_per_position: bytes of keys and values per position of the context, all layers.
+    arithmetic: what the multiplications use: `float32`, `float16`, `bfloat16` or `int8`.
+    """
+
+    config: ModelConfig | None
+    weight_bytes_per_token: int
+    kv_bytes_per_position: int
+    arithmetic: str
+
+
+def roofline(work: Work, speed: Json, ceilings: Json) -> Json:
+    """What a measurement says about its limits, from `speed` ({scenario: figures}) and the machine's ceilings.
+
+    Keys: `roofline` ({scenario: {decode, prefill, why}}, each phase as `phase` returns it), and of the first scenario
+    `ceilings` (bytes and FLOPs per second, at the working set of a decoded token), `mbu` (decoding), `mfu` (prefill),
+    `bound` (decoding); `why` has the reason for each that is null.
+    """
+    scenarios = {name: _scenario(work, entry, ceilings) for name, entry in speed.items()}
+    first = next((entry for entry in scenarios.values() if "decode" in entry), None)
+    if first is None:
+        return nothing("no scenario timed single requests")
+    decode, prefill = first["decode"], first["prefill"]
+    reasons = {"mbu": decode["why"], "mfu": prefill["why"], "bound": decode["why"]}
+    values = {"mbu": decode["mbu"], "mfu": prefill["mfu"], "bound": decode["bound"]}
+    return {
+        "ceilings": {
+            "read_bytes_per_second": read_rate(ceilings, decode["bytes"]),
+            "working_set_bytes": decode["bytes"],
+            "cache_read_bytes_per_second": ceilings["cache_bytes_per_second"],
+            "dram_read_bytes_per_second": ceilings["dram_bytes_per_second"],
+            "matmul_flops_per_second": ceilings["matmul_flops_per_second"].get(work.arithmetic),
+            "arithmetic": work.arithmetic,
+            "validity": ceilings["validity"],
+            "date": ceilings["date"],
+        },
+        **values,
+        "roofline": scenarios,
+        "why": {name: reasons[name] for name, value in values.items() if value is None},
+    }
+
+
+def nothing(why: str) -> Json:
+    """The same keys for a trial whose limits are not known."""
+    names = ("ceilings", "mbu", "mfu", "bound")
+    return {**dict.fromkeys(names), "roofline": {}, "why": dict.fromkeys(names, why)}
+
+
+def _scenario(work: Work, entry: Json, ceilings: Json) -> Json:
+    lengths = [entry.get("options", {}).get(name) for name in ("prompt_tokens", "output_tokens")]
+    lacking = [name for name in NEEDED if entry.get(name) is None]
+    if lacking or None in lengths:
+        return {"why": f"the scenario has no {lacking[0] if lacking else 'fixed lengths'}"}
+    prompt, output = lengths
+    decode = decoding(work, prompt, output, entry["tpot_seconds_p50"], ceilings)
+    prefill = prefilling(work, prompt, entry["ttft_seconds_p50"], ceilings)
+    return {"decode": decode, "prefill": prefill, "why": f"{decode['why']}. {_capital(prefill['why'])}."}
+
+
+def decoding(work: Work, prompt_tokens: int, output_tokens: int, tpot_seconds: float, ceilings: Json) -> Json:
+    """One decoded token, averaged over the tokens after the first of a request alone on the engine.
+
+    Token k after the first (k = 1 .. output - 1) attends to prompt + k positions: prompt + output / 2 on average.
+    """
+    positions = prompt_tokens + output_tokens / 2
+    read = work.weight_bytes_per_token + work.kv_bytes_per_position * positions
+    flops = Cost(work.config).decode_flops(positions) if work.config else None
+    return phase("decode", read, flops, tpot_seconds, work.arithmetic, ceilings)
+
+
+def prefilling(work: Work, prompt_tokens: int, ttft_seconds: float, ceilings: Json) -> Json:
+    """A whole prompt up to its first token: every weight read once for all its tokens, logits for the last alone."""
+    read = work.weight_bytes_per_token + work.kv_bytes_per_position * prompt_tokens
+    flops = Cost(work.config).prefill_flops(prompt_tokens, logits=1) if work.config else None
+    return phase("prefill", read, flops, ttft_seconds, work.arithmetic, ceilings)
+
+
+def phase(
+    name: str, read_bytes: float, flops: int | None, measured_seconds: float, arithmetic: str, ceilings: Json
+) -> Json:
+    """One phase against its two limits.
+
+    bytes, flops: what it needs. memory_seconds, compute_seconds: the least that takes here. measured_seconds: what it
+    took. mbu, mfu: the two shares. bound: `memory`, `compute`, `overhead`, or null if memory does not explain half of
+    the time and arithmetic is not known. share: that of the nearer limit. why: the same as a sentence.
+    """
+    bandwidth = read_rate(ceilings, read_bytes)
+    rate = ceilings["matmul_flops_per_second"].get(arithmetic)
+    memory = read_bytes / bandwidth
+    compute = flops / rate if flops is not None and rate else None
+    mbu, mfu = memory / measured_seconds, None if compute is None else compute / measured_seconds
+    share = max(mbu, mfu or 0.0)
+    if share >= EXPLAINS:
+        bound: str | None = "memory" if mbu >= (mfu or 0.0) else "compute"
+    else:
+        bound = None if mfu is None else "overhead"
+    reading = f"the {_giga(bandwidth)}B/s this machine reads at {read_bytes / 1e6:.3g} MB"
+    if bound == "memory":
+        why = f"{name} is memory-bound: {mbu:.0%} of {reading}"
+    elif bound == "compute":
+        why = f"{name} is compute-bound: {mfu:.0%} of the {_giga(rate)}FLOP/s this machine multiplies in {arithmetic}"
+    elif bound == "overhead":
+        why = f"{name} is overhead-bound: reading explains {mbu:.0%} of its time and arithmetic {mfu:.0%}"
+    else:
+        missing = "its FLOPs are not counted" if flops is None else _no_rate(arithmetic, ceilings)
+        why = f"what binds {name} is not known: reading explains {mbu:.0%} of its time, and {missing}"
+    if share > IMPOSSIBLE:
+        why += (
+            "; no engine can do that, so the ceiling is too low: measure it again with pipelines/ceilings.py again=true"
+        )
+    elif bound is not None and share < 1:
+        why += f"; at the limit it would be {1 / share:.3g}x faster"
+    return {
+        "bytes": round(read_bytes),
+        "flops": flops,
+        "memory_seconds": memory,
+        "compute_seconds": compute,
+        "measured_seconds": measured_seconds,
+        "mbu": mbu,
+        "mfu": mfu,
+        "bound": bound,
+        "share": share,
+        "why": why,
+    }
+
+
+def _no_rate(arithmetic: str, ceilings: Json) -> str:
+    reason = ceilings["why"].get(f"matmul_flops_per_second.{arithmetic}")
+    return str(reason or f"no ceiling is known for {arithmetic}")
+
+
+def _giga(value: float) -> str:
+    """`63.2 G`, or with another prefix for a very fast device."""
+    return f"{value / 1e12:.3g} T" if value >= 1e12 else f"{value / 1e9:.3g} G"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
