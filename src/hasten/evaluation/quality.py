@@ -184,7 +184,9 @@ def load_predictions(path: Path) -> list[Row]:
 
 
 def _accuracy(rows: Sequence[Row]) -> Json:
-    estimate = accuracy([row["correct"] for row in rows])
+    tasks = [row["task"] for row in rows]
+    clusters = [(row["task"], row["cluster_id"]) for row in rows]
+    estimate = accuracy([row["correct"] for row in rows], clusters=clusters, strata=tasks)
     return {"accuracy": estimate.value, "n": estimate.n, "ci95": estimate.ci95}
 
 
