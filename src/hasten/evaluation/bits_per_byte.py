@@ -49,7 +49,7 @@ class BitsPerByte:
     longer than the limit is left out, and counted as such.
     """
 
-    max_tokens_per_language: int = 32768
+    max_tokens_per_language: int = 16384
 
     def __post_init__(self) -> None:
         if self.max_tokens_per_language < 0:

@@ -52,7 +52,7 @@ class Continuation:
     output_tokens: tokens generated for each.
     """
 
-    prompts_per_language: int = 8
+    prompts_per_language: int = 4
     prompt_tokens: int = 64
     output_tokens: int = 128
 
