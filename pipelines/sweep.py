@@ -35,7 +35,8 @@ def main(config: Sweep) -> None:
         evaluation = Evaluate(config.plan, config.seed, label, name, config.engine, config.scenario)
         job, ceilings = replace(evaluation.job("validation"), variant=target), ceilings_of(config.engine)
         outcome = trial.judged(job, trial.run(job, config.limits), config.limits)
-        result = measurement(job, outcome, machine=machine, build=cost, predicted=predicted, ceilings=ceilings)
+        built = {key.removeprefix("build_"): value for key, value in cost.items()}
+        result = measurement(job, outcome, machine=machine, build=built, predicted=predicted, ceilings=ceilings)
         quality.save_predictions(outcome.predictions, folder / "predictions.parquet")
         continuation.save(outcome.continuations, folder / "continuations.parquet")
         write_json(folder / "measurement.json", result)
