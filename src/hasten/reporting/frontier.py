@@ -2,14 +2,15 @@
 
 A trial is on the *frontier* if no other is at least as fast and more accurate: everything else is dominated, and
 choosing among the frontier is the only real choice. Speed is relative to the reference (2x: half its latency), on
-a logarithmic axis, so that equal factors are equal distances. Both figures come from screening: accuracy on the
-validation split, median speed of one run; the verdict's own numbers come from the confirmation.
+a logarithmic axis, so that equal factors are equal distances. Accuracy is that of the validation split. Trials that
+took turns with the reference stand where that put them (in the confirmation, or else in the qualifying round); only the
+others stand where screening did, minutes apart from the reference on a machine that may have drifted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hasten.artifacts import Json
 from hasten.evaluation.statistics import Estimate
@@ -41,8 +42,11 @@ class Point:
         return Estimate(ratios[0], min(ratios), max(ratios), self.figure.n)
 
 
-def points(measurements: Sequence[Json], scenario: str) -> list[Point]:
-    """Every trial that ran natively and whose accuracy and speed are both known, fastest first."""
+def points(measurements: Sequence[Json], scenario: str, entry: Json | None = None) -> list[Point]:
+    """Every trial that ran natively and whose accuracy and speed are both known, fastest first.
+
+    entry: the verdict's on the scenario, which knows the ratios of those that took turns; None: as screened.
+    """
     found: list[Point] = []
     for measurement in measurements:
         speed = measurement["speed"].get(scenario, {})
@@ -61,7 +65,31 @@ def points(measurements: Sequence[Json], scenario: str) -> list[Point]:
                 lower_is_better=speed["lower_is_better"],
             )
         )
-    return sorted(found, key=lambda point: (-point.speed, -point.accuracy.value, point.trial))
+    placed = in_turns(found, entry) if entry else found
+    return sorted(placed, key=lambda point: (-point.speed, -point.accuracy.value, point.trial))
+
+
+def in_turns(screened: Sequence[Point], entry: Json) -> list[Point]:
+    """The points with the figures that their ratios to the reference, taken side by side, give them.
+
+    The reference keeps its own figure. A confirmed trial has its confirmed interval, another its screened one, moved.
+    """
+    reference = next((point for point in screened if point.trial == entry["reference"]), None)
+    if reference is None:
+        return list(screened)
+    ratios = (entry.get("qualifying") or {}).get("speeds") or {}
+
+    def placed(point: Point) -> Point:
+        confirmed = (entry["confirmed"].get(point.trial) or {}).get("speedup") or {}
+        if point is reference or not (ratio := confirmed.get("ratio") or ratios.get(point.trial)):
+            return point
+        moved = point.ratio(reference.figure.value)
+        low, high = confirmed.get("ci95") or (x * ratio / moved.value for x in (moved.low, moved.high))
+        sign = -1 if point.lower_is_better else 1
+        value, *ends = (reference.figure.value * x**sign for x in (ratio, low, high))
+        return replace(point, figure=Estimate(value, min(ends), max(ends), point.figure.n))
+
+    return [placed(point) for point in screened]
 
 
 def frontier(candidates: Sequence[Point]) -> list[Point]:

@@ -51,7 +51,7 @@ def draw(measurements: Sequence[Json], verdict: Json, path: Path, *, titles: Map
         for index, (name, entry) in enumerate(scenarios.items(), start=1):
             axes = figure.add_subplot(len(scenarios), 1, index)
             axes.set_title((titles or {}).get(name, name), fontsize=11, pad=10)
-            panel(axes, points(measurements, name), entry, verdict["margin_points"], looks)
+            panel(axes, points(measurements, name, entry), entry, verdict["margin_points"], looks)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
 

@@ -41,7 +41,7 @@ def trials(measurements: Sequence[Json], entry: Json, scenario: str, title: str)
     for heading in ("accuracy", "speed", f"{shown.label}\n{shown.unit}"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("outcome", overflow="fold")
-    competing = points(measurements, scenario)
+    competing = points(measurements, scenario, entry)
     reference = next((point for point in competing if point.trial == entry["reference"]), None)
     marks = {entry["reference"]: ("reference", "cyan")} | {entry["champion"]: ("champion", "bold green")}
     if entry["champion"] == entry["reference"]:

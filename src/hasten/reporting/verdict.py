@@ -43,7 +43,7 @@ def verdict(
                 selected["headline"]: point.figure.value,
                 "ci95": point.figure.ci95,
             }
-            for point in frontier(points(measurements, name))
+            for point in frontier(points(measurements, name, entry))
         ]
         entry["sentence"] = sentence(entry, (titles or {}).get(name, name))
         result["scenarios"][name] = entry
@@ -66,6 +66,7 @@ def _scenario(selected: Json, proof: Json, margins: Json) -> Json:
         "decisive_language": None,
         "confirmed": trials,
         "turns": proof.get("turns"),
+        "qualifying": selected.get("qualifying"),
         "rejected": rejected,
         "why": selected.get("why"),
     }
