@@ -1,7 +1,7 @@
 """Does a confirmed speed-up repeat, and what does a busy machine do to it?
 
-    python benchmarks/replay.py                         # after `make repro`; about 15 minutes on two cores
-    python benchmarks/replay.py --trial int4-llamacpp --repeats 10 --hog-repeats 2
+    python benchmarks/replay.py                         # after `make repro`; about half an hour on two cores
+    python benchmarks/replay.py --trial int4-llamacpp --repeats 10 --hog-repeats 2 --seconds 60
 
 Confirms one trial against the plan's reference again and again, exactly as the stage `confirm` does (without the
 questions), and prints every ratio with its interval. Then against itself under two names (the ratio must be 1), and
@@ -47,6 +47,7 @@ def main() -> None:
         reference = chosen["reference"]
         trial = options.trial or chosen["finalists"][0]
         jobs = {name: trial_config(plan, name).job("test") for name in (reference, trial)}
+    settings.time_budget_seconds = options.seconds or settings.time_budget_seconds
     jobs["itself"] = replace(jobs[reference], trial="itself")
 
     quiet = repeat(settings, jobs, reference, trial, options.repeats, f"{trial} against {reference}")
@@ -118,6 +119,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trial", help="a trial of the plan in force; the first finalist if it is not given")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--hog-repeats", type=int, default=2)
+    parser.add_argument("--seconds", type=float, help="time budget of a confirmation; the plan's if it is not given")
     return parser.parse_args()
 
 
