@@ -148,6 +148,14 @@ def test_one_round_is_played_whatever_the_budget():
     assert record["scenarios"]["qa"]["rounds_first_stage"] == 1
 
 
+def test_a_round_that_outlasts_the_budget_ends_with_the_passes_it_has():
+    machine = Machine(seconds=10.0)  # 40 s for each pass, a hundred of them
+    record, _ = confirmed(machine, "int8", passes=100, budget_seconds=130.0)
+    rounds = record["scenarios"]["qa"]["trials"]["int8"]["rounds"]
+    assert [len(passes) for passes in rounds] == [3]
+    assert record["scenarios"]["qa"]["why"] == "the time budget allowed 1 of 2 rounds"
+
+
 def test_the_test_split_is_answered_once_per_trial_and_never_timed():
     machine = Machine()
     _, rows = confirmed(machine, "int8", "int4")

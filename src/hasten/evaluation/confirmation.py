@@ -179,11 +179,14 @@ class _Match:
         self.first_stage = min(rounds, len(self.rounds))
 
     def _round(self, plan: TablePlan, limits: Limits, passes: int, in_time: Callable[[], bool]) -> bool:
-        """Whether a whole round was played; a trial that fails in it is out, the others go on."""
+        """Whether a round was played; a trial that fails in it is out, the others go on.
+
+        Beside a busy process one pass may take minutes: past the deadline a round ends with the passes it has.
+        """
         played: list[Pass] = []
         with plan({trial: self.jobs[trial] for trial in self.alive}, self.name, limits) as table:
             self.failed |= table.failed
-            while (trials := self.alive) and len(played) < passes:
+            while (trials := self.alive) and len(played) < passes and (not played or in_time()):
                 seed = len(self.rounds) * passes + len(played)
                 done = play(table, trials, self._headline, seed=seed, in_time=in_time)
                 self.failed |= table.failed
