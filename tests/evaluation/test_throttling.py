@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hasten.evaluation import throttling
-from hasten.evaluation.throttling import clock_mhz, increase, parse_cpuinfo, parse_groups, quota_seconds, read
+from hasten.evaluation.throttling import clock_mhz, increase, parse_cpuinfo, quota_seconds, read
 from tests.evaluation.trees import write
 
 V2 = "nr_periods 12\nnr_throttled 3\nthrottled_usec {}\n"
@@ -21,7 +21,6 @@ def test_both_versions_count_the_same_in_their_own_units(microseconds):
 @given(st.text())
 def test_any_text_of_a_counter_is_read_or_refused(text):
     assert quota_seconds(text) is None or "throttled" in text
-    assert isinstance(parse_groups(text), list)
     assert isinstance(parse_cpuinfo(text), dict)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 NOISY_CORES = 0.1
 """Above this much of one core, a measurement is marked `noisy`."""
-TICK_SECONDS = 0.01
+TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 0.01
 """What /proc/stat counts in (USER_HZ, 100 per second on every common platform)."""
 BUSY_FIELDS = (0, 1, 2, 5, 6)
 """user, nice, system, irq, softirq of a `cpuN` line; the kernel counts guest time in `user` already."""
@@ -122,14 +122,22 @@ def parse_stat(text: str, cores: Collection[int]) -> tuple[float | None, float |
 
 def parse_process(text: str) -> tuple[int, Process]:
     """(parent, times) from /proc/PID/stat. Raises `ValueError` for another text."""
-    # The name stands in brackets and may hold brackets and spaces itself.
+    fields = stat_fields(text)
+    user, system, reaped_user, reaped_system = (int(field) for field in fields[11:15])
+    ran, reaped = (user + system) * TICK_SECONDS, (reaped_user + reaped_system) * TICK_SECONDS
+    return int(fields[1]), Process(int(fields[19]) * TICK_SECONDS, ran, reaped)
+
+
+def stat_fields(text: str) -> list[str]:
+    """The fields of /proc/PID/stat after the name: state, parent, group, session and so on (proc(5)).
+
+    The name stands in brackets and may hold brackets and spaces itself. Raises `ValueError` for another text.
+    """
     _, closing, rest = text.rpartition(")")
     fields = rest.split()
     if not closing or len(fields) < 20:
         raise ValueError(f"not a line of /proc/PID/stat: {text[:80]!r}")
-    user, system, reaped_user, reaped_system = (int(field) for field in fields[11:15])
-    ran, reaped = (user + system) * TICK_SECONDS, (reaped_user + reaped_system) * TICK_SECONDS
-    return int(fields[1]), Process(int(fields[19]) * TICK_SECONDS, ran, reaped)
+    return fields
 
 
 def family(proc: Path, pid: int) -> set[int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from hasten.errors import UserError
+from hasten.evaluation import control_groups
 
 DEFAULT_SHARE = 0.9
 """How much of the machine's memory a trial may take if nothing else is said."""
@@ -62,30 +63,11 @@ class Limits:
 def machine_memory_bytes(system: Path = Path("/")) -> int:
     """The machine's memory, or less where a control group (a container) allows less."""
     total = int(psutil.virtual_memory().total)
-    names = {"": "memory.max", "memory": "memory.limit_in_bytes"}
-    for controller, name in names.items():
-        for folder in control_groups(controller, system):
+    for folder in (folder for tree in control_groups.trees("memory", system) for folder in tree):
+        for name in ("memory.max", "memory.limit_in_bytes"):
             with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
                 total = min(total, int((folder / name).read_text()))
     return total
-
-
-def control_groups(controller: str, system: Path = Path("/")) -> list[Path]:
-    """The folders of this process' control group and of those above it; controller "" is version 2's one tree.
-
-    A container sees its own group as the root, whatever /proc/self/cgroup says, so the root is always there.
-    """
-    root = system / "sys/fs/cgroup" / controller
-    try:
-        lines = (system / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        _, names, path = line.split(":", 2)
-        if controller in names.split(","):
-            own = root / path.strip("/")
-            return [own, *(parent for parent in own.parents if parent.is_relative_to(root))] if own != root else [root]
-    return []
 
 
 def oom_kills(system: Path = Path("/")) -> int | None:

@@ -11,10 +11,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from hasten.evaluation import control_groups
 
 MOST_CLOCKS = 8
 """Clocks are read of so many cores at most: on some kernels each takes a sleep of 10 ms."""
@@ -51,8 +53,7 @@ def increase(before: Counter, after: Counter) -> Counter:
     return after[0] - before[0], None
 
 
-def _sum(files: tuple[Path, ...], missing: str, parse: object) -> Counter:
-    assert callable(parse)
+def _sum(files: tuple[Path, ...], missing: str, parse: Callable[[str], float | None]) -> Counter:
     values = []
     for file in files:
         try:
@@ -92,47 +93,16 @@ def _text(path: Path) -> str | None:
 
 @lru_cache(maxsize=8)
 def _quota_files(system: Path) -> tuple[Path, ...]:
-    """cpu.stat of this process' control group and of those above it, as far as they can be seen from here."""
-    text = _text(system / "proc/self/cgroup") or ""
-    mounted = system / "sys/fs/cgroup"
-    for controllers, path in parse_groups(text):
-        if not controllers:
-            roots = [mounted, mounted / "unified"]
-        elif "cpu" in controllers:
-            roots = [mounted / ",".join(controllers), mounted / "cpu"]
-        else:
-            continue
-        for root in roots:
-            files = tuple(file for file in _upwards(root, path) if _counts(file))
-            if files:
-                return files
+    """cpu.stat of this process' control group and of those above it, of the first tree that counts throttling."""
+    for tree in control_groups.trees("cpu", system):
+        if files := tuple(file for folder in tree if _counts(file := folder / "cpu.stat")):
+            return files
     return ()
-
-
-def _upwards(root: Path, path: str) -> Iterator[Path]:
-    """From a group to the root. A container may see its own group as the root, under a path it cannot see."""
-    folder = root / path.strip("/")
-    while folder != root:
-        yield folder / "cpu.stat"
-        folder = folder.parent
-    yield root / "cpu.stat"
 
 
 def _counts(file: Path) -> bool:
     text = _text(file)
     return text is not None and quota_seconds(text) is not None
-
-
-def parse_groups(text: str) -> list[tuple[tuple[str, ...], str]]:
-    """(controllers, path) of every line of /proc/PID/cgroup; version 2 has no controllers and comes last here."""
-    groups = []
-    for line in text.splitlines():
-        _, colon, rest = line.partition(":")
-        controllers, more, path = rest.partition(":")
-        if colon and more:
-            groups.append((tuple(name for name in controllers.split(",") if name), path))
-    # On a machine with both, the controller belongs to one of them: version 1 wherever it is named.
-    return sorted(groups, key=lambda group: not group[0])
 
 
 def quota_seconds(text: str) -> float | None:

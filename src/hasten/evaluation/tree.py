@@ -19,6 +19,8 @@ from typing import Protocol
 
 import psutil
 
+from hasten.evaluation.contention import stat_fields
+
 SCAN_SECONDS = 0.5
 """Who belongs to a tree is looked up at most this often."""
 MOST_NEW = 500
@@ -92,8 +94,8 @@ class ProcTree:
         parents: dict[int, int] = {}
         for pid in pids:
             try:
-                fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-            except OSError:
+                fields = stat_fields(_read(f"/proc/{pid}/stat").decode(errors="replace"))
+            except (OSError, ValueError):
                 continue
             parents[pid] = int(fields[1])
             if int(fields[3]) == self.pid:  # of its session, even if its parent has ended
