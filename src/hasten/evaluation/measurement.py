@@ -27,15 +27,15 @@ def measurement(
     machine: Json,
     build: Json | None = None,
     predicted: Json | None = None,
-    ceilings: Json | None = None,
+    ceilings: Json | str = "the machine's ceilings were not given",
     reference: tuple[str, Sequence[dict[str, Any]]] | None = None,
 ) -> Json:
     """Everything about a trial, as JSON.
 
     machine: what `probe` wrote for the job's engine. build: {seconds, tokens, peak_memory_bytes} of
     making the variant. predicted: how well the variant predicts held-out text (`bits_per_byte/V.json`).
-    ceilings: what this machine can do (`hasten.ceilings`). reference: the name and the predictions of the trial whose
-    answers these are compared with.
+    ceilings: what this machine can do (`hasten.ceilings`), or why that is not known. reference: the name and the
+    predictions of the trial whose answers these are compared with.
     """
     variant = Variant(job.variant)
     why = dict(outcome.why)
@@ -115,13 +115,13 @@ def _quality(job: Job, outcome: Outcome) -> Json:
     return by_task(outcome.predictions, manifests)
 
 
-def _limits(variant: Variant, outcome: Outcome, speeds: Json, ceilings: Json | None) -> Json:
+def _limits(variant: Variant, outcome: Outcome, speeds: Json, ceilings: Json | str) -> Json:
     """`ceilings`, `mbu`, `mfu`, `bound` and `roofline`, and the reasons for what is null."""
     if outcome.weight_bytes_per_token is None or outcome.kv_bytes_per_position is None or not outcome.arithmetic:
         ran = outcome.status == "ok"
         return nothing("the engine does not say what it reads" if ran else f"the trial {outcome.status}")
-    if ceilings is None:
-        return nothing("the machine's ceilings were not given")
+    if isinstance(ceilings, str):
+        return nothing(ceilings)
     try:
         shape = from_huggingface(variant.config)
     except UserError:  # a family whose FLOPs the cost model does not count

@@ -10,6 +10,7 @@ from rich.console import Console
 from hasten.artifacts import Json, read_json
 from hasten.ceilings import ceilings
 from hasten.engine.base import Engine
+from hasten.evaluation.limits import cores
 from hasten.hardware import libraries, machine
 
 SIZES = (
@@ -31,16 +32,13 @@ def machine_of(engine: Engine) -> Json:
     return {**machine(), "libraries": libraries(engine.libraries)}
 
 
-def ceilings_of(engine: Engine) -> Json | None:
-    """What this machine can do with an engine's threads on its device, measured once; None if it cannot be."""
-    from hasten.evaluation.limits import cores
-
-    device = engine.devices[0] if engine.devices else "cpu"
+def ceilings_of(engine: Engine) -> Json | str:
+    """What this machine can do with an engine's threads on its device, measured once; or why it could not be."""
     try:
-        return ceilings(engine.thread_count, device, cores=cores(engine.thread_count))
+        return ceilings(engine.thread_count, engine.devices[0], cores=cores(engine.thread_count))
     except (RuntimeError, OSError) as error:
         sys.stderr.write(f"the machine's ceilings could not be measured, so mbu and mfu are null: {error}\n")
-        return None
+        return f"the machine's ceilings could not be measured: {error}"
 
 
 def build_cost(record: Path) -> Json | None:
