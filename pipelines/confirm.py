@@ -27,7 +27,6 @@ def main(config: Confirm) -> None:
             budget_seconds=config.time_budget_seconds,
             limits=config.limits,
             together=config.together,
-            memory_bytes=config.limits.memory,
         )
         path, predictions = config.folder / "confirmation.json", config.folder / "confirmation.parquet"
         save_predictions(rows, predictions)

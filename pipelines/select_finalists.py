@@ -16,13 +16,14 @@ def main(config: Select) -> None:
     from hasten.evaluation.selection import select
     from hasten.tracking import track
 
-    plan, measurements = load_plan(), load_measurements(load_plan())
+    plan = load_plan()
+    measurements = load_measurements(plan)
     peaks = {measurement["trial"]: measurement["peak_memory_bytes"] for measurement in measurements}
 
     def play(scenario: str, trials: Sequence[str]) -> Qualified:
         jobs = {trial: trial_config(plan, trial).job("validation") for trial in trials}
-        memory = config.limits.memory
-        return qualify(jobs, scenario, passes=config.passes, limits=config.limits, peaks=peaks, memory_bytes=memory)
+        budget = config.time_budget_seconds
+        return qualify(jobs, scenario, passes=config.passes, budget_seconds=budget, limits=config.limits, peaks=peaks)
 
     inputs = {name: digest(config.folder / name) for name in ("measurements", "predictions")}
     with track("select", config, inputs=inputs, record=config.record("select")) as run:

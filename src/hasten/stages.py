@@ -211,8 +211,8 @@ class Select(Stage, Limited):
 
     Margins, in points of accuracy, are declared before anything is looked at. finalists: how many go
     on to be confirmed, per scenario. passes: turns there and back of the round that qualifies for it, 0 means that
-    screening alone decides. qualifiers: how many trials take part in that round, at most. timeout_seconds,
-    memory_limit_gib: for each of its processes, 0 GiB means nine tenths of the machine's memory.
+    screening alone decides. qualifiers: how many trials take part in that round, at most. time_budget_seconds: no
+    further pass starts after it.
     """
 
     margin_points: float = 2.0
@@ -220,6 +220,7 @@ class Select(Stage, Limited):
     finalists: int = 2
     passes: int = 4
     qualifiers: int = 6
+    time_budget_seconds: float = 60.0
     timeout_seconds: float = 600.0
     memory_limit_gib: float = 0.0
 
@@ -234,9 +235,8 @@ class Confirm(Stage, Limited):
 
     rounds: of fresh processes, before the first look at their spread. passes: turns there and back in each of them.
     precision_percent: the half width of the speed-up's interval at which it is enough. time_budget_seconds: no further
-    round starts after it. together: whether a round's trials are loaded at the same time. timeout_seconds,
-    memory_limit_gib: for one process, 0 GiB means nine tenths of the machine's memory. Scenarios and their options are
-    those the trials were evaluated with.
+    round starts after it. together: whether a round's trials are loaded at the same time. Scenarios and their options
+    are those the trials were evaluated with.
     """
 
     rounds: int = 6
@@ -315,7 +315,7 @@ def load_measurements(plan: dict[str, Any]) -> list[Json]:
 
 def load_all_predictions(plan: dict[str, Any]) -> dict[str, pd.DataFrame]:
     """The predictions of the plan's trials, by trial."""
-    import pandas as pd
+    from hasten.evaluation.quality import load_predictions
 
     folder = Path("artifacts", plan["plan"], "predictions")
-    return {trial: pd.read_parquet(folder / f"{trial}.parquet") for trial in plan["trials"]}
+    return {trial: load_predictions(folder / f"{trial}.parquet") for trial in plan["trials"]}

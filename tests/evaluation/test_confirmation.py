@@ -250,7 +250,7 @@ def test_together_unless_memory_or_a_gpu_forbids_it():
     assert reason == "together they need 4.0 GiB of memory, 3.0 GiB are allowed"
     assert why_apart(jobs, Together.always, {"base": 2 * gib, "int8": 2 * gib}, 3 * gib) is None
     on_gpu = {"base": replace(JOBS["base"], engine=FakeEngine(devices=["cuda:0"]))}
-    assert why_apart(on_gpu, Together.auto, {}, None) == "trials that share a GPU are measured one at a time"
+    assert why_apart(on_gpu, Together.auto, {}, gib) == "trials that share a GPU are measured one at a time"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 import pytest
 
+from hasten.errors import UserError
 from hasten.evaluation.limits import Limits
 from hasten.evaluation.qualifying import Qualified, qualify, taking_part
 from hasten.evaluation.trial import Outcome
@@ -25,11 +26,21 @@ def test_those_who_may_be_ahead_take_part(speeds, baselines, most, expected):
     assert taking_part(speeds, baselines, most) == expected
 
 
-def round_of(machine: Machine, *trials: str, peaks=None, memory_bytes=None, passes=3) -> Qualified:
+def round_of(machine: Machine, *trials: str, peaks=None, limits=LIMITS, passes=3, budget_seconds=99.0) -> Qualified:
     jobs = {trial: JOBS[trial] for trial in trials}
     return qualify(
-        jobs, "qa", passes=passes, limits=LIMITS, peaks=peaks or {}, memory_bytes=memory_bytes, table_plan=machine.table
-    )
+        jobs, "qa", passes=passes, budget_seconds=budget_seconds, limits=limits, peaks=peaks or {},
+        table_plan=machine.table, clock=machine.clock,
+    )  # fmt: skip
+
+
+def test_beside_a_busy_process_it_ends_in_time_with_the_passes_it_has():
+    machine = Machine(seconds=10.0)  # 40 s for each pass
+    found = round_of(machine, "base", "int8", passes=100, budget_seconds=50.0)
+    assert len(machine.turns) == 2 * 4
+    assert found.speeds["int8"] > 1.8
+    with pytest.raises(UserError, match="time_budget_seconds must be above 0, got 0"):
+        round_of(machine, "base", "int8", budget_seconds=0)
 
 
 def test_the_ratios_come_from_turns_side_by_side():
@@ -56,7 +67,7 @@ def test_who_is_left_alone_has_nobody_to_be_compared_with():
 
 def test_no_round_where_they_do_not_fit_into_memory():
     machine = Machine()
-    found = round_of(machine, "base", "int8", peaks={"base": 9, "int8": 9}, memory_bytes=10)
+    found = round_of(machine, "base", "int8", peaks={"base": 9, "int8": 9}, limits=Limits(60.0, 10))
     assert found.speeds == {} and "together they need" in str(found.why)
     assert machine.rounds == []
 

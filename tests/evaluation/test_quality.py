@@ -152,10 +152,10 @@ def test_agreement_is_the_share_of_equal_outputs_on_common_items():
 def test_predictions_survive_the_disk(tmp_path):
     rows = [row(), row(item_id="b", output="", language="zh", expected=" 正面", correct=0.5)]
     save_predictions(rows, tmp_path / "p.parquet")
-    assert load_predictions(tmp_path / "p.parquet") == rows
+    assert load_predictions(tmp_path / "p.parquet").to_dict("records") == rows
     trials = [{"trial": "int8@x", **r} for r in rows]
     save_predictions(trials, tmp_path / "t.parquet")
-    assert load_predictions(tmp_path / "t.parquet") == trials
+    assert load_predictions(tmp_path / "t.parquet").to_dict("records") == trials
 
 
 def test_no_predictions_make_an_empty_table_with_the_same_columns(tmp_path):

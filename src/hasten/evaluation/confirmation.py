@@ -49,7 +49,6 @@ def confirm(
     budget_seconds: float,
     limits: Limits,
     together: Together = Together.auto,
-    memory_bytes: int | None = None,
     runner: Callable[[Job, Limits], Outcome] = run,
     side_by_side: TablePlan = SideBySide,
     one_at_a_time: TablePlan = OneAtATime,
@@ -59,8 +58,8 @@ def confirm(
 
     jobs: by trial, with the scenarios as in `evaluate`. rounds: of the first stage. passes: turns there and back per
     round. precision: the half width of the speed-up's interval that further rounds aim at, as a share (0.03 = 3%).
-    budget_seconds: no round begins that would probably end after it; one always runs. limits: for every process.
-    memory_bytes: what all of a round's processes may hold together. Raises `UserError` if a trial has no job.
+    budget_seconds: no round begins that would probably end after it; one always runs. limits: for every process, and
+    their memory for all of a round's together. Raises `UserError` if a trial has no job.
     """
     _check(rounds, passes, precision, budget_seconds)
     trials = {name: _trials(entry) for name, entry in finalists["scenarios"].items()}
@@ -80,7 +79,7 @@ def confirm(
         deadline = clock() + left / (len(trials) - index)
         entry = finalists["scenarios"][name]
         taking_part = {trial: jobs[trial] for trial in names}
-        apart = why_apart(taking_part, together, entry.get("peak_memory_bytes") or {}, memory_bytes)
+        apart = why_apart(taking_part, together, entry.get("peak_memory_bytes") or {}, limits.memory)
         match = _Match(name, taking_part, {trial: outcomes[trial] for trial in names})
         match.play(
             one_at_a_time if apart else side_by_side,
@@ -107,7 +106,7 @@ def _check(rounds: int, passes: int, precision: float, budget_seconds: float) ->
 
 
 def why_apart(
-    jobs: Mapping[str, Job], together: Together, peaks: Mapping[str, int | None], memory_bytes: int | None
+    jobs: Mapping[str, Job], together: Together, peaks: Mapping[str, int | None], memory_bytes: int
 ) -> str | None:
     """Why the trials must not be loaded at the same time; None if they may."""
     if together is Together.never:
@@ -117,7 +116,7 @@ def why_apart(
     if any(device != "cpu" for job in jobs.values() for device in job.engine.devices):
         return "trials that share a GPU are measured one at a time"
     known = [peaks.get(trial) for trial in jobs]
-    if memory_bytes is not None and all(known) and sum(peak or 0 for peak in known) > memory_bytes:
+    if all(known) and sum(peak or 0 for peak in known) > memory_bytes:
         total, allowed = sum(peak or 0 for peak in known) / 2**30, memory_bytes / 2**30
         return f"together they need {total:.1f} GiB of memory, {allowed:.1f} GiB are allowed"
     return None

@@ -10,9 +10,11 @@ forgotten: `confirm` measures again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from hasten.errors import UserError
 from hasten.evaluation.confirmation import TablePlan, Together, why_apart
 from hasten.evaluation.limits import Limits
 from hasten.evaluation.speedup import round_log_ratio
@@ -58,17 +60,21 @@ def qualify(
     scenario: str,
     *,
     passes: int,
+    budget_seconds: float,
     limits: Limits,
     peaks: Mapping[str, int | None],
-    memory_bytes: int | None,
     table_plan: TablePlan = SideBySide,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Qualified:
     """One round of the jobs' trials in turns.
 
-    passes: turns there and back; limits: for each process. peaks: the memory that each was seen to hold,
-    memory_bytes: what they may hold together.
+    passes: turns there and back; budget_seconds: from the first turn on, no further pass begins after it; one always
+    is played. limits: for each process, and their memory for all together. peaks: the memory that each was seen to
+    hold. Raises `UserError` unless the budget is above 0.
     """
-    if reason := why_apart(jobs, Together.auto, peaks, memory_bytes):
+    if budget_seconds <= 0:
+        raise UserError(f"time_budget_seconds must be above 0, got {budget_seconds}")
+    if reason := why_apart(jobs, Together.auto, peaks, limits.memory):
         return Qualified(why=reason)
 
     def values(trial: str, samples: Sequence[Sample]) -> list[float]:
@@ -77,8 +83,9 @@ def qualify(
     played: list[Pass] = []
     with table_plan(jobs, scenario, limits) as table:
         alive = [trial for trial in jobs if trial not in table.failed]
-        while len(alive) > 1 and len(played) < passes:
-            done = play(table, alive, values, seed=len(played), in_time=lambda: True)
+        deadline = clock() + budget_seconds
+        while len(alive) > 1 and len(played) < passes and (not played or clock() < deadline):
+            done = play(table, alive, values, seed=len(played), in_time=lambda: clock() < deadline)
             played += [done] if done else []
             alive = [trial for trial in jobs if trial not in table.failed]
         failed = {trial: f"{outcome.status}: {outcome.error}" for trial, outcome in table.failed.items()}

@@ -18,6 +18,8 @@ from hasten.evaluation.statistics import accuracy
 from hasten.scenario.base import Report
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from hasten.task.data import TaskData
     from hasten.tokenizer.base import Tokenizer
 
@@ -171,16 +173,15 @@ def save_predictions(rows: Sequence[Row], path: Path) -> None:
         parquet.write_table(pa.Table.from_pylist(list(rows), pa.schema(fields)), temporary)
 
 
-def load_predictions(path: Path) -> list[Row]:
+def load_predictions(path: Path) -> pd.DataFrame:
     """The rows of a predictions file. Raises `UserError` if it is missing or not parquet."""
+    import pandas as pd
     import pyarrow as pa
-    from pyarrow import parquet
 
     try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
+        return pd.read_parquet(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path} is not a readable predictions file: {' '.join(str(error).split())}") from None
-    return rows
 
 
 def _accuracy(rows: Sequence[Row]) -> Json:

@@ -11,7 +11,7 @@ from hasten.artifacts import Json, read_json, replacing, write_json
 from hasten.config import discover
 from hasten.evaluation.comparison import flips
 from hasten.evaluation.decision import confirmed
-from hasten.evaluation.quality import agreement
+from hasten.evaluation.quality import agreement, load_predictions
 from hasten.reporting import page, picture
 from hasten.reporting.metrics import metrics
 from hasten.reporting.verdict import verdict
@@ -38,10 +38,8 @@ def write_reports(
     seed: int,
 ) -> tuple[Json, list[Path], Facts]:
     """Write the reports; the verdict, the files, and per trial what the table of runs should say of it."""
-    import pandas as pd
-
     finalists = read_json(artifacts / "finalists.json")
-    answers = pd.read_parquet(artifacts / "confirmation.parquet")
+    answers = load_predictions(artifacts / "confirmation.parquet")
     evidence = confirmed(read_json(artifacts / "confirmation.json"), answers, finalists, seed=seed)
     titles = scenario_titles()
     result = verdict(measurements, finalists, evidence, titles=titles)
