@@ -2,7 +2,8 @@
 
 Documents' lengths spread log-normally (standard deviation of the logarithm; the default plan's held-out text has 0.8 in
 Chinese and 1.7 in English), their own bits per byte scatter by 0.2 between documents, symmetric or skewed, more within
-short ones, and in the last column depend on the length. Exits with 1 if ours covers less than 92 or more than 99%.
+short ones, and in the last column depend on the length. Exits with 1 if ours covers less than 93 or more than 99%:
+with few or very uneven documents it errs on the wide side.
 
     PYTHONPATH=src python benchmarks/held_out_intervals.py
 """
@@ -56,7 +57,7 @@ def main() -> None:
                 cells.append(f"{covered[-1]:.1f}, {100 * hits[1] / STUDIES:.1f}")
             print(f"{spread:>8} {count:>9} " + " ".join(f"{cell:>28}" for cell in cells), flush=True)
     print(f"ours: {min(covered):.1f} to {max(covered):.1f}%")
-    sys.exit(not 92 <= min(covered) <= max(covered) <= 99)
+    sys.exit(not 93 <= min(covered) <= max(covered) <= 99)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,6 @@ def variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(variant: Variant) -> Tokenizer:
-    return load_tokenizer(variant.path)
-
-
-@pytest.fixture(scope="module")
 def tokens(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokens:
     return write_tokens(tmp_path_factory.mktemp("held-out") / "tokens", tokenizer, bilingual())
 

@@ -156,15 +156,15 @@ class LlamacppSession(Session):
 
         self.facts = read_json(folder / "manifest.json")
         self.context = min(engine.max_context, int(self.facts["context"]))
-        self.library = {"system": str(xllamacpp.get_system_info()).strip(), **xllamacpp.BUILD_INFO}
-        best = next((name for name in INSTRUCTIONS if f"{name} = 1" in self.library["system"]), "scalar")
+        system = str(xllamacpp.get_system_info())
+        best = next((name for name in INSTRUCTIONS if f"{name} = 1" in system), "scalar")
         self.kernel = f"{self.facts['format']} ({best})"
         self.weight_bytes_per_token = int(self.facts["weight_bytes_per_token"])
         cells = engine.slots * -(-self.context // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
         kv_bytes = 4 if engine.kv_cache is Dtype.float32 else 2
         self.kv_bytes_per_position = int(self.facts["kv_values_per_token"]) * kv_bytes
         self._kv_cache_bytes = self.kv_bytes_per_position * cells
-        self.arithmetic = arithmetic(self.facts["format"], self.library["system"])
+        self.arithmetic = arithmetic(self.facts["format"], system)
         parameters = _parameters(engine, folder / "model.gguf", cells)
         start = time.perf_counter()
         try:

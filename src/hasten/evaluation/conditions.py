@@ -18,7 +18,6 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from hasten.evaluation import contention, energy, gpu, throttling
@@ -167,9 +166,7 @@ class Watch:
         self._before = _Reading(contention.read(self.cores, self.system), joules, slowdowns, on_gpu)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         processor = contention.read(self.cores, self.system, known=self._before.processor.own)
         joules = energy.read(self.system)
         on_gpu = self._gpus.read(processor.own) if self._gpus is not None else None

@@ -286,15 +286,3 @@ def save(rows: Sequence[Row], path: Path) -> None:
     }
     with replacing(path) as temporary:
         parquet.write_table(pa.Table.from_pylist(list(rows), pa.schema(list(kinds.items()))), temporary)
-
-
-def load(path: Path) -> list[Row]:
-    """The rows of a continuations file. Raises `UserError` if it is missing or not parquet."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path} is not a readable continuations file: {' '.join(str(error).split())}") from None
-    return rows

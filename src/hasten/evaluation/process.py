@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 from hasten.evaluation.limits import GIB, Limits, oom_kills
@@ -45,7 +45,7 @@ class EndedError(Exception):
     """The child is no more; the message says why, in one sentence."""
 
 
-class Child:
+class Child(AbstractContextManager["Child"]):
     """A running child process, from the constructor on. `close` (or leaving the context) ends it and all it started.
 
     cores: which it is confined to, None for all. Not for use by several threads at a time.
@@ -88,12 +88,7 @@ class Child:
         self._tree = process_tree(self._process.pid)
         LIVING[self._process.pid] = self
 
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

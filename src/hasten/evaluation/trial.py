@@ -15,15 +15,13 @@ import sys
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hasten.config import QUIET
 from hasten.engine.base import Engine
 from hasten.errors import UserError
 from hasten.evaluation.conditions import Repetition
-from hasten.evaluation.limits import Limits as Limits
-from hasten.evaluation.limits import cores
+from hasten.evaluation.limits import Limits, cores
 from hasten.evaluation.process import Child, EndedError
 from hasten.hardware import THREAD_VARIABLES
 from hasten.scenario.base import Scenario
@@ -193,9 +191,7 @@ class Contestant:
         self._start(stop_after_build=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -203,11 +199,6 @@ class Contestant:
         """The process that waits now."""
         assert self._child is not None, "a contestant is a context manager"
         return self._child.pid
-
-    @property
-    def peak_memory_bytes(self) -> int | None:
-        """The most memory that was seen held by the process and all it started, None before the first look."""
-        return (self._child.peak_bytes if self._child is not None else None) or None
 
     def ready(self) -> Outcome:
         """Wait until it has loaded: what came of that. The time limit counts from entering."""

@@ -13,9 +13,8 @@ run of the scenario in it: the same order, at a coarser grain.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Protocol
 
 from hasten.evaluation.conditions import Conditions, Watch
@@ -45,9 +44,7 @@ class Table(Protocol):
 
     def __enter__(self) -> Table: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def turn(self, trial: str, seed: int) -> list[Sample] | None:
         """The trial's next samples; None if it failed."""
@@ -94,9 +91,7 @@ class SideBySide:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def turn(self, trial: str, seed: int) -> list[Sample] | None:
@@ -114,7 +109,7 @@ class SideBySide:
             self.failed[trial] = outcome
 
 
-class OneAtATime:
+class OneAtATime(AbstractContextManager["OneAtATime"]):
     """Every turn in a fresh process of its own."""
 
     def __init__(
@@ -131,13 +126,8 @@ class OneAtATime:
             trial: replace(job, splits=(), scenarios={scenario: job.scenarios[scenario]}) for trial, job in jobs.items()
         }
 
-    def __enter__(self) -> OneAtATime:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
+    def __exit__(self, *_: object) -> None:
+        """Every turn has ended its own process."""
 
     def turn(self, trial: str, seed: int) -> list[Sample] | None:
         outcome = self.runner(replace(self._jobs[trial], seed=seed), self.limits)

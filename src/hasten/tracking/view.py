@@ -24,9 +24,10 @@ def share_view(verdict_path: Path) -> str:
     for name in scenarios:
         figures = (verdict["scenarios"][name]["headline"], "decode_tokens_per_second")
         columns += [f"metrics.`{name}_{figure}`" for figure in figures if figure]
-    columns += ["metrics.`artifact_bytes`", "metrics.`agreement_with_eager`"]
+    columns += [f"metrics.`{name}`" for name in ("mbu", "mfu", "artifact_bytes", "agreement_with_eager")]
     columns += [
-        f"tags.`{tag}`" for tag in ("variant", "engine", "lineage", *(f"{name}.decision" for name in scenarios))
+        f"tags.`{tag}`"
+        for tag in ("variant", "engine", "lineage", "bound", *(f"{name}.decision" for name in scenarios))
     ]
     state = {
         "searchFilter": f"tags.plan = '{plan}' and tags.stage = 'evaluate'",
