@@ -242,7 +242,7 @@ class Confirm(Stage, Limited):
     rounds: int = 6
     passes: int = 8
     precision_percent: float = 3.0
-    time_budget_seconds: float = 150.0
+    time_budget_seconds: float = 120.0
     together: Together = Together.auto
     timeout_seconds: float = 600.0
     memory_limit_gib: float = 0.0
