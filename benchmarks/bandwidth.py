@@ -113,7 +113,7 @@ def random_variant(folder: Path) -> Variant:
 
     from hasten.model.config_json import to_huggingface
     from hasten.model.decoder import Decoder
-    from hasten.model.huggingface import decoder_tensors, save_checkpoint
+    from hasten.model.huggingface import network_tensors, save_checkpoint
 
     config = ModelConfig(**SHAPE)
     model = Decoder(config)
@@ -125,7 +125,7 @@ def random_variant(folder: Path) -> Variant:
     save_checkpoint(
         folder / "random",
         to_huggingface(config, bos_id=0, eos_id=1, pad_id=2),
-        decoder_tensors(model),
+        network_tensors(model),
         folder,
         manifest,
     )

@@ -12,8 +12,7 @@ def main(arguments: list[str]) -> None:
 
     from hasten.ceilings import ceilings
     from hasten.errors import UserError
-    from hasten.evaluation.limits import cores
-    from hasten.hardware import cpu_count
+    from hasten.hardware import cores, cpu_count
 
     options = {"threads": str(cpu_count()), "device": "cpu", "again": "false"}
     console = Console(highlight=False)

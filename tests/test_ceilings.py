@@ -10,7 +10,7 @@ import pytest
 
 from hasten import ceilings as module
 from hasten.artifacts import Json
-from hasten.ceilings import DTYPES, Product, ceilings, faster, measure, read_rate
+from hasten.ceilings import DTYPES, Product, are_known, ceilings, faster, measure, read_rate
 from hasten.devices import Turn
 
 ROOT = Path(__file__).parents[1]
@@ -150,9 +150,12 @@ def test_a_new_torch_starts_a_new_record(tmp_path: Path, children: list[Json]) -
 
 def test_a_noisy_record_is_measured_again_until_it_is_valid(tmp_path: Path, children: list[Json]) -> None:
     children += [record(1e10, validity="noisy"), record(2e10), record(9e10)]
+    assert not are_known(2, folder=tmp_path)
     assert ceilings(2, folder=tmp_path)["validity"] == "noisy"
+    assert not are_known(2, folder=tmp_path)  # it would be measured again
     found = ceilings(2, folder=tmp_path)
     assert (found["validity"], found["dram_bytes_per_second"]) == ("valid", 2e10)
+    assert are_known(2, folder=tmp_path)
     assert ceilings(2, folder=tmp_path) == found
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,40 @@ def test_a_library_that_is_not_installed_is_null_not_missing() -> None:
     versions = hardware.libraries(("torch", "no-such-distribution-here"))
     assert versions["no-such-distribution-here"] is None
     assert str(versions["torch"])[0].isdigit()
+
+
+def siblings(tmp_path: Path, pairs: dict[int, str]) -> Path:
+    for core, text in pairs.items():
+        path = tmp_path / f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"
+        path.parent.mkdir(parents=True)
+        path.write_text(f"{text}\n")
+    return tmp_path
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not confine processes to cores")
+@pytest.mark.parametrize(
+    ("count", "allowed", "expected"),
+    [
+        (1, range(4), [0]),
+        (2, range(4), [0, 2]),
+        (3, range(4), [0, 1, 2]),
+        (9, range(4), [0, 1, 2, 3]),
+        (2, [1, 3], [1, 3]),
+    ],
+)
+def test_threads_get_a_physical_core_each_while_there_are_any(
+    tmp_path: Path, count: int, allowed: Sequence[int], expected: list[int]
+) -> None:
+    pairs = siblings(tmp_path, {0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"})
+    assert hardware.cores(count, allowed, pairs) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not confine processes to cores")
+def test_cores_of_unknown_kind_count_as_physical(tmp_path: Path) -> None:
+    assert hardware.cores(2, [5, 1, 3], tmp_path) == [1, 3]
+    assert set(hardware.cores(1000)) == os.sched_getaffinity(0)
+
+
+def test_where_nothing_can_be_confined_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    assert hardware.cores(2) is None

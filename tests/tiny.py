@@ -1,4 +1,4 @@
-"""The smallest real artifacts: a 100-word tokenizer, tokens, checkpoints and variants of a two-block decoder."""
+"""The smallest real artifacts: a 100-word tokenizer, tokens, checkpoints and variants of a tiny decoder or LSTM."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 
 from hasten.artifacts import Checkpoint, Tokens, Variant, write_json
 from hasten.model.config import ModelConfig
-from hasten.model.config_json import to_huggingface
 from hasten.model.decoder import Decoder
-from hasten.model.huggingface import decoder_tensors, save_checkpoint
+from hasten.model.huggingface import network_tensors, save_checkpoint
+from hasten.model.lstm import Lstm
+from hasten.model.lstm_config import LstmConfig
+from hasten.model.network import Network
+from hasten.model.shape import write_shape
 from hasten.training.options import Precision, Training
 
 torch.set_num_threads(1)  # such small matrices lose more than they gain by sharing
@@ -32,9 +35,25 @@ def decoder(config: ModelConfig | None = None, seed: int = 0, spread: float = 0.
     model = Decoder(config or shape())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for weight in model.parameters():
+        for name, weight in model.named_parameters():
             drawn = torch.randn(weight.shape, generator=generator)
-            weight.copy_(drawn * spread if weight.dim() > 1 else 1 + 0.2 * drawn)
+            around = 0.0 if name.endswith("bias") or model.config.offset_norms else 1.0
+            weight.copy_(drawn * spread if weight.dim() > 1 else around + 0.2 * drawn)
+    return model.eval()
+
+
+def lstm_shape(**changes: Any) -> LstmConfig:
+    """2 layers in the encoder and 2 in the decoder, 32 wide."""
+    return LstmConfig(**{"layers": 2, "hidden_size": 32, "context": 64, "vocab_size": VOCABULARY, **changes})
+
+
+def lstm(config: LstmConfig | None = None, seed: int = 0, spread: float = 0.6) -> Lstm:
+    """Random weights, biases too, large enough that what was read long ago still shows."""
+    model = Lstm(config or lstm_shape())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
     return model.eval()
 
 
@@ -74,24 +93,24 @@ def write_tokens(folder: Path, train: int = 4000, validation: int = 400) -> Toke
 
 def write_checkpoint(
     folder: Path,
-    model: Decoder | None = None,
+    model: Network | None = None,
     *,
     kind: str = "checkpoint",
     tensors: dict[str, torch.Tensor] | None = None,
     **facts: Any,
 ) -> Checkpoint:
-    """A decoder (random if none is given) with its tokenizer. facts: more of the manifest."""
+    """A network (a random decoder if none is given) with its tokenizer. facts: more of the manifest."""
     model = model or decoder()
     tokenizer = folder.with_name("tokenizer")
     if not tokenizer.is_dir():
         write_tokenizer(tokenizer)
-    config = to_huggingface(model.config, bos_id=0, eos_id=1, pad_id=2)
+    config = write_shape(model.config, bos_id=0, eos_id=1, pad_id=2)
     manifest = {"kind": kind, "grid": None, **facts}
-    save_checkpoint(folder, config, tensors or decoder_tensors(model), tokenizer, manifest)
+    save_checkpoint(folder, config, tensors or network_tensors(model), tokenizer, manifest)
     return Variant(folder) if kind == "variant" else Checkpoint(folder)
 
 
-def write_variant(folder: Path, model: Decoder | None = None) -> Variant:
+def write_variant(folder: Path, model: Network | None = None) -> Variant:
     """A float baseline."""
     made = write_checkpoint(folder, model, kind="variant", name=folder.name, method="identity", lineage=[folder.name])
     assert isinstance(made, Variant)

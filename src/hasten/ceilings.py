@@ -71,19 +71,39 @@ def ceilings(
     from filelock import FileLock
 
     identity = machine()["id"]
-    kind = str(threads) if device == "cpu" else device.replace(":", "")
-    path = folder / f"{identity}-{kind}.json"
+    path = record_path(identity, threads, device, folder)
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
-        known = read_json(path) if path.is_file() else {}
-        known = known if known.get("schema") == SCHEMA else {}
-        if known and not again and (known["validity"] == "valid" or known["attempts"] >= ATTEMPTS):
+        known = _record(path)
+        if not again and is_final(known):
             return known
         found = {"schema": SCHEMA, "machine": identity, "attempts": 1, **in_a_process(threads, device, cores)}
         if known and known["versions"] == found["versions"]:
             found = faster(known, found)
         write_json(path, found)
         return found
+
+
+def record_path(identity: str, threads: int, device: str = "cpu", folder: Path = FOLDER) -> Path:
+    """Where the ceilings of a machine (its `id`) are kept, whether they are known yet or not."""
+    kind = str(threads) if device == "cpu" else device.replace(":", "")
+    return folder / f"{identity}-{kind}.json"
+
+
+def _record(path: Path) -> Json:
+    """What is written there; empty if there is nothing that this version reads."""
+    known = read_json(path) if path.is_file() else {}
+    return known if known.get("schema") == SCHEMA else {}
+
+
+def is_final(record: Json) -> bool:
+    """Whether nothing is measured any more unless it is asked for again: it was valid, or noisy often enough."""
+    return bool(record) and (record["validity"] == "valid" or record["attempts"] >= ATTEMPTS)
+
+
+def are_known(threads: int, device: str = "cpu", folder: Path = FOLDER) -> bool:
+    """Whether `ceilings` answers at once, without measuring."""
+    return is_final(_record(record_path(machine()["id"], threads, device, folder)))
 
 
 def faster(old: Json, new: Json) -> Json:

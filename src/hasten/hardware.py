@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,27 @@ def cpu_count() -> int:
     quota = Path("/sys/fs/cgroup/cpu.max")
     limit, _, period = quota.read_text().partition(" ") if quota.exists() else ("max", "", "")
     return allowed if limit == "max" else max(1, min(allowed, math.ceil(int(limit) / int(period))))
+
+
+def cores(count: int, allowed: Collection[int] | None = None, system: Path = Path("/")) -> list[int] | None:
+    """The `count` cores every worker is confined to, sorted: the first allowed ones, each physical core once first.
+
+    As many as its engine has threads, so that no engine gains by spreading over more than it was given. Fewer if fewer
+    are allowed. None where the system cannot confine a process.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    seen: set[str] = set()
+    first: list[int] = []
+    siblings: list[int] = []
+    for core in sorted(os.sched_getaffinity(0) if allowed is None else allowed):
+        try:
+            physical = (system / f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text().strip()
+        except OSError:
+            physical = str(core)
+        (siblings if physical in seen else first).append(core)
+        seen.add(physical)
+    return sorted([*first, *siblings][:count])
 
 
 def cpu_name() -> str:

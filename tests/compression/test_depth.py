@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hasten.artifacts import Variant
+from hasten.artifacts import Variant, write_json
 from hasten.compression.base import Calibration
 from hasten.compression.depth import Depth, block_influence
 from hasten.compression.make import make_variant
@@ -14,7 +14,8 @@ from hasten.engine.base import Request
 from hasten.engine.eager import Eager
 from hasten.errors import UserError
 from hasten.model.decoder import Decoder
-from hasten.model.huggingface import load_decoder
+from hasten.model.huggingface import load_network
+from hasten.model.lstm_config import LstmConfig, to_json
 from tests.tiny import decoder, shape, write_variant
 
 TEXT = Calibration(torch.randint(100, (12, 16), generator=torch.Generator().manual_seed(0)), "text")
@@ -43,7 +44,7 @@ def test_the_block_that_changes_least_is_dropped_wherever_it_is(tmp_path: Path, 
     assert notes["dropped"] == [idle]
     assert min(notes["influence"]) == notes["influence"][idle]
     kept = [layer for layer in range(4) if layer != idle]
-    loaded = load_decoder(variant)
+    loaded = load_network(variant)
     assert loaded.config.layers == 3
     for new, old in enumerate(kept):  # renumbered, in their old order
         theirs = model.model.layers[old].state_dict()
@@ -55,7 +56,7 @@ def test_dropping_blocks_that_do_nothing_changes_no_logit(tmp_path: Path) -> Non
     variant = dropped(tmp_path, model, drop=2)
     assert variant.manifest["notes"]["dropped"] == [1, 3]
     with torch.inference_mode():
-        assert torch.equal(load_decoder(variant).eval()(TEXT.ids), model(TEXT.ids))
+        assert torch.equal(load_network(variant).eval()(TEXT.ids), model(TEXT.ids))
 
 
 def test_influence_is_one_minus_the_mean_cosine_over_all_tokens_whatever_the_batches() -> None:
@@ -64,9 +65,7 @@ def test_influence_is_one_minus_the_mean_cosine_over_all_tokens_whatever_the_bat
     assert scores[2] == pytest.approx(0, abs=1e-9)
     with torch.inference_mode():
         x = model.model.embed_tokens(TEXT.ids)
-        from hasten.model.decoder import rotary
-
-        y = model.model.layers[0](x, *rotary(torch.arange(16), 8, 10000.0), None)
+        y = model.model.layers[0](x, model.model.view(TEXT.ids, 0, None, slides=False), None)
     expected = 1 - float(torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1).mean())
     assert scores[0] == pytest.approx(expected, rel=1e-5)
     assert scores[0] > 0.05
@@ -111,3 +110,10 @@ def test_depth_needs_text_and_a_float_parent(tmp_path: Path) -> None:
     quantised, _ = make_variant(Rtn(), parent, None, name="q", target=tmp_path / "q", seed=0)
     with pytest.raises(UserError, match=r"depth needs a float parent, got .* which is quantised; prune first"):
         Depth().compress(quantised, TEXT, 0)
+
+
+def test_a_network_without_blocks_is_refused_by_name(tmp_path: Path) -> None:
+    parent = write_variant(tmp_path / "baseline")
+    write_json(parent.path / "config.json", to_json(LstmConfig(vocab_size=100), bos_id=0, eos_id=1, pad_id=2))
+    with pytest.raises(UserError, match=r"depth prunes the blocks of llama, .*, got model_type 'hasten_lstm'"):
+        Depth().compress(parent, TEXT, 0)

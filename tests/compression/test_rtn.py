@@ -15,8 +15,8 @@ from hasten.engine.base import Request
 from hasten.engine.eager import Eager
 from hasten.errors import UserError
 from hasten.model.grid import Grid, dequantise, integers, quantise, quantised_names
-from hasten.model.huggingface import load_decoder
-from tests.tiny import decoder, shape, write_variant
+from hasten.model.huggingface import load_network
+from tests.tiny import decoder, lstm, lstm_shape, shape, write_variant
 
 
 def made(tmp_path: Path, tied: bool = True, **options: Any) -> tuple[Variant, Variant]:
@@ -69,7 +69,7 @@ def test_every_option_survives_compress_save_load_generate(
     assert ("lm_head" in names) is head
     assert child.config["tie_word_embeddings"] is (tied and not head)
     assert child.config["quantization_config"]["ignore"] == ([] if head else ["lm_head"])
-    before, after = load_decoder(parent), load_decoder(child)
+    before, after = load_network(parent), load_network(child)
     assert torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight)  # never quantised
     assert torch.equal(before.model.norm.weight, after.model.norm.weight)
     weight = before.state_dict()["model.layers.1.mlp.down_proj.weight"]
@@ -137,3 +137,26 @@ def test_linear_layers_are_projections_and_the_head() -> None:
         if isinstance(part, torch.nn.Linear)
     }  # fmt: skip
     assert linear == modules
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_lstms_matrices_are_quantised_survive_and_generate(tmp_path: Path, bits: int, tied: bool) -> None:
+    parent = write_variant(tmp_path / "baseline", lstm(lstm_shape(tied_head=tied), spread=0.2))
+    child, _ = make_variant(Rtn(bits=bits, group_size=16), parent, None, name="q", target=tmp_path / "q", seed=0)
+    names = quantised_names(child.tensors())
+    coders = [f"model.{coder}.layers.{layer}" for coder in ("encoder", "decoder") for layer in (0, 1)]
+    assert set(names) == {"lm_head", *(f"{name}.{kind}_proj" for name in coders for kind in ("input", "hidden"))}
+    assert child.config["tie_word_embeddings"] is False
+    before, after = load_network(parent).eval(), load_network(child).eval()
+    assert torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight)  # never quantised
+    grid, name = Grid(bits, 16), "model.encoder.layers.1.hidden_proj"
+    weight = before.state_dict()[f"{name}.weight"]
+    expected = dequantise(quantise(weight, nearest_scale(weight, grid), grid), nearest_scale(weight, grid))
+    assert torch.equal(after.state_dict()[f"{name}.weight"], expected)
+    ids = torch.arange(5, 25)[None]
+    with torch.inference_mode():
+        error = (after(ids) - before(ids)).abs().max() / before(ids).abs().max()
+    assert error < (0.5 if bits == 4 else 0.05)
+    session = Eager(threads=1).load(child, tmp_path)
+    assert len(list(session.submit(Request(1, (5, 6, 7), 8)))) == 8

@@ -12,9 +12,9 @@ from hasten.compression.rtn import Rtn
 from hasten.engine.base import Dtype, Parallel, Request, Token
 from hasten.engine.eager import Eager, EagerSession
 from hasten.errors import UserError
-from hasten.model.cost import Cost
+from hasten.model.cost import Cost, cost_of
 from hasten.model.decoder import Decoder
-from tests.tiny import decoder, shape, write_variant
+from tests.tiny import decoder, lstm, lstm_shape, shape, write_variant
 
 PROMPT = (0, 5, 17, 60)
 
@@ -128,11 +128,38 @@ def test_a_quantised_variant_is_dequantised_and_says_so(variant: Variant, tmp_pa
     assert engine.supports(variant).native
 
 
+def test_an_lstm_carries_its_state_from_token_to_token(tmp_path: Path) -> None:
+    network = lstm()
+    session = load(write_variant(tmp_path / "baseline", network))
+    requests = [Request(7, PROMPT, 10), Request(3, (9,), 6), Request(8, PROMPT, 10)]
+    made = {request.id: [token.id for token in session.submit(request)] for request in requests}
+    for request in requests:
+        ids, prompt = list(request.prompt), torch.tensor([len(request.prompt)])
+        with torch.inference_mode():  # the whole sequence again for every token
+            for _ in range(request.max_tokens):
+                ids.append(int(network.lm_head(network.hidden(torch.tensor([ids]), prompt)[0, -1]).argmax()))
+        assert made[request.id] == ids[len(request.prompt) :]
+    assert len(set(made[7])) > 2
+    cost = cost_of(lstm_shape())
+    assert session.memory() == {"weights": cost.parameters * 4, "kv_cache": cost.kv_bytes(1, 4)}
+    assert session.weight_bytes_per_token == cost.parameters_per_token * 4
+    assert session.kv_bytes_per_position == 0  # a longer text costs it nothing
+
+
+@pytest.mark.parametrize("weights", [Dtype.float16, Dtype.bfloat16])
+def test_an_lstm_generates_in_low_precision(tmp_path: Path, weights: Dtype) -> None:
+    variant = write_variant(tmp_path / "baseline", lstm(spread=0.2))
+    session = load(variant, weight_dtype=weights)
+    assert len(list(session.submit(Request(1, PROMPT, 6)))) == 6
+    assert (session.kernel, Eager(weight_dtype=weights).supports(variant).native) == (weights.name, True)
+
+
 def test_another_architecture_is_refused_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     support = Eager().supports(Variant(tmp_path))
     assert not support
-    assert support.reason == "eager runs model_type llama, the variant is 'gpt2'"
+    assert str(support.reason).startswith("config.json: model_type must be one of llama, mistral,")
+    assert str(support.reason).endswith("got 'gpt2'")
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,11 @@ from hasten.evaluation.bits_per_byte import (
     windows,
 )
 from hasten.model.grid import Grid, floats
-from hasten.model.huggingface import load_decoder
+from hasten.model.huggingface import load_network
 from hasten.tokenizer.base import Tokenizer, load_tokenizer
 from tests.engine import llama
 from tests.evaluation.texts import CHINESE, ENGLISH, bilingual, write_tokens
+from tests.tiny import lstm, lstm_shape
 from tests.tiny import write_tokenizer as write_word_tokenizer
 
 CONTEXT = 32
@@ -126,13 +127,39 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary_per_token(
 def test_neither_batches_nor_windows_of_other_documents_change_a_score(
     variant: Variant, tokens: Tokens, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_decoder(variant).eval()
+    model = load_network(variant).eval()
     sequences = held_out(tokens, tokenizer)["zh"].sequences
     together = token_bits(model, sequences)
     assert [len(bits) for bits in together] == [len(ids) - 1 for ids in sequences]
     monkeypatch.setattr(module, "TENSOR_VALUES", 1000)  # one window, three logits at a time
     for ids, bits in zip(sequences, together, strict=True):
         np.testing.assert_allclose(token_bits(model, [ids])[0], bits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 20, 40])
+def test_a_prompt_is_not_scored_and_changes_nothing_after_it_for_a_decoder(variant: Variant, prompt: int) -> None:
+    model, ids = load_network(variant).eval(), [int(id_) for id_ in np.random.default_rng(0).integers(3, 300, 70)]
+    whole = token_bits(model, [ids, ids[:41]])
+    after = token_bits(model, [ids, ids[:41]], [prompt, prompt])
+    for bits, all_bits in zip(after, whole, strict=True):
+        np.testing.assert_allclose(bits, all_bits[prompt - 1 :], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 40])
+def test_an_encoder_decoder_reads_the_prompt_and_what_was_predicted_with_its_encoder(prompt: int) -> None:
+    model = lstm(lstm_shape(context=CONTEXT))
+    texts = [[int(id_) for id_ in np.random.default_rng(seed).integers(3, 100, 70 - seed)] for seed in range(3)]
+    for ids, bits in zip(texts, token_bits(model, texts, [prompt] * 3), strict=True):
+        expected = []
+        for start, length, skip in windows(len(ids), CONTEXT):
+            read = max(skip + 1, prompt - start)
+            if read > length:
+                continue
+            part = torch.tensor([ids[start : start + length + 1]])
+            with torch.inference_mode():
+                logits = model.lm_head(model.hidden(part[:, :-1], torch.tensor([read])))[0, read - 1 :]
+            expected.append(torch.nn.functional.cross_entropy(logits, part[0, read:], reduction="none") / math.log(2))
+        np.testing.assert_allclose(bits, torch.cat(expected).numpy(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_same_work_gives_the_same_figures_on_any_number_of_threads(
@@ -251,7 +278,7 @@ def test_bytes_of_another_tokenizers_ids_are_those_of_their_text(tmp_path: Path)
 
 
 def test_a_logit_that_is_not_a_number_is_an_error(variant: Variant) -> None:
-    model = load_decoder(variant).eval()
+    model = load_network(variant).eval()
     model.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="not finite"):
         token_bits(model, [[0, 5, 6]])

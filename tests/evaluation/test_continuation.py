@@ -26,11 +26,12 @@ from hasten.evaluation.continuation import (
     save,
     summary,
 )
-from hasten.model.huggingface import load_decoder
+from hasten.model.huggingface import load_network
 from hasten.tokenizer.base import Tokenizer
 from tests.engine import llama
 from tests.evaluation.texts import CHINESE, ENGLISH, bilingual, write_tokens
 from tests.fakes import FakeSession
+from tests.tiny import lstm, write_variant
 
 OPTIONS = Continuation(prompts_per_language=3, prompt_tokens=8, output_tokens=12)
 CACHE = Path("unused")
@@ -116,7 +117,7 @@ def test_an_empty_split_has_nothing_to_continue(tokenizer: Tokenizer, tmp_path: 
 
 
 def test_batches_with_a_cache_continue_as_each_sequence_alone(variant: Variant) -> None:
-    model = load_decoder(variant).eval()
+    model = load_network(variant).eval()
     threads = torch.get_num_threads()
     sequences = [(5, 6, 7), (9,), (30, 40, 50), (80,), (3, 4, 5)]
     assert greedy(model, sequences, 20) == [alone(model, ids, 20) for ids in sequences]
@@ -124,7 +125,7 @@ def test_batches_with_a_cache_continue_as_each_sequence_alone(variant: Variant) 
 
 
 def test_a_baseline_that_overflows_is_an_error(variant: Variant) -> None:
-    model = load_decoder(variant).eval()
+    model = load_network(variant).eval()
     model.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="the baseline's logits are not finite"):
         greedy(model, [(5, 6)], 3)
@@ -149,7 +150,7 @@ def test_the_baseline_through_its_own_engine_never_diverges(job: Any, variant: V
 def test_bits_are_the_outputs_given_its_prompt_under_the_baseline(
     variant: Variant, tokens: Tokens, tokenizer: Tokenizer
 ) -> None:
-    model = load_decoder(variant).eval()
+    model = load_network(variant).eval()
     drawn = prompts(tokens, OPTIONS, 0)[:2]
     outputs = [[5, 6, 300, 7, 90, 91, 92, 93], [60, 61, 62, 63, 64, 65, 66, 67]]
     given = [
@@ -167,6 +168,26 @@ def test_bits_are_the_outputs_given_its_prompt_under_the_baseline(
     assert rows[0]["bytes"] == sum(len(tokenizer.backend.id_to_token(id_) or "") for id_ in outputs[0])
 
 
+def test_an_lstm_is_judged_with_the_prompt_in_its_encoder(tmp_path: Path) -> None:
+    model = lstm()
+    checkpoint = write_variant(tmp_path / "baseline", model)
+    given = [
+        {"language": "en", "prompt_id": str(number), "prompt_ids": prompt, "output_ids": [8, 9, 50, 51]}
+        for number, prompt in enumerate(([5, 6, 7], [60, 61, 62, 63, 64]))
+    ]
+    rows = judge(given, checkpoint.path, checkpoint.path)
+    session = Eager(threads=1).load(checkpoint, CACHE)
+    for asked, row in zip(given, rows, strict=True):
+        prompt, output = asked["prompt_ids"], asked["output_ids"]
+        with torch.inference_mode():
+            states = model.hidden(torch.tensor([[*prompt, *output]]), torch.tensor([len(prompt)]))
+            chances = model.lm_head(states)[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        bits = -sum(float(chances[i, id_]) for i, id_ in enumerate(output)) / math.log(2)
+        assert row["bits"] == pytest.approx(bits, rel=1e-5)
+        asked["output_ids"] = [token.id for token in session.submit(Request(0, tuple(prompt), 4))]
+    assert [row["diverged"] for row in judge(given, checkpoint.path, checkpoint.path)] == [False, False]
+
+
 def test_generating_and_judging_may_be_apart(job: Any, variant: Variant) -> None:
     session = job.engine.load(variant, CACHE)
     raw = generate(session, job)
@@ -178,7 +199,7 @@ def test_generating_and_judging_may_be_apart(job: Any, variant: Variant) -> None
 def test_another_variant_diverges_where_the_tokens_first_differ(job: Any, variant: Variant, tmp_path: Path) -> None:
     other = llama.variant(tmp_path / "w", llama.shape(context=64), llama.random_tensors(llama.shape(), seed=4))
     rows = run(job.engine.load(other, CACHE), job)
-    model = load_decoder(variant).eval()
+    model = load_network(variant).eval()
     for row, prompt in zip(rows, prompts(Tokens(job.tokens), OPTIONS, 0), strict=True):
         same = alone(model, prompt.tokens, 12)
         expected = next((i for i in range(12) if same[i] != row["output_ids"][i]), 12)
@@ -311,5 +332,5 @@ def test_a_large_baseline_keeps_its_threads(variant: Variant, monkeypatch: pytes
     monkeypatch.setattr(module, "SMALL_MODEL", 0)
     asked: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    greedy(load_decoder(variant).eval(), [(5,)], 4)
+    greedy(load_network(variant).eval(), [(5,)], 4)
     assert set(asked) == {torch.get_num_threads()}

@@ -1,11 +1,10 @@
-import os
 from pathlib import Path
 
 import psutil
 import pytest
 
 from hasten.errors import UserError
-from hasten.evaluation.limits import GIB, Limits, cores, machine_memory_bytes, oom_kills
+from hasten.evaluation.limits import GIB, Limits, machine_memory_bytes, oom_kills
 
 NUMBERS = {"memory.max": 3 * GIB, "memory.limit_in_bytes": 2 * GIB}
 
@@ -67,36 +66,3 @@ def test_the_kernel_s_count_of_kills_is_read(tmp_path):
     assert oom_kills(tmp_path) is None
     write(tmp_path / "proc/vmstat", "nr_free_pages 7\noom_kill 3\nother 4")
     assert oom_kills(tmp_path) == 3
-
-
-def siblings(tmp_path: Path, pairs: dict[int, str]) -> Path:
-    for core, text in pairs.items():
-        write(tmp_path / f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list", text)
-    return tmp_path
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not confine processes to cores")
-@pytest.mark.parametrize(
-    ("count", "allowed", "expected"),
-    [
-        (1, range(4), [0]),
-        (2, range(4), [0, 2]),
-        (3, range(4), [0, 1, 2]),
-        (9, range(4), [0, 1, 2, 3]),
-        (2, [1, 3], [1, 3]),
-    ],
-)
-def test_threads_get_a_physical_core_each_while_there_are_any(tmp_path, count, allowed, expected):
-    pairs = siblings(tmp_path, {0: "0-1", 1: "0-1", 2: "2-3", 3: "2-3"})
-    assert cores(count, allowed, pairs) == expected
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not confine processes to cores")
-def test_cores_of_unknown_kind_count_as_physical(tmp_path):
-    assert cores(2, [5, 1, 3], tmp_path) == [1, 3]
-    assert set(cores(1000)) == os.sched_getaffinity(0)
-
-
-def test_where_nothing_can_be_confined_nothing_is(monkeypatch):
-    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
-    assert cores(2) is None

@@ -47,6 +47,21 @@ def test_decoding_reads_the_weights_and_the_keys_and_values_of_the_mean_position
     assert found["mfu"] == pytest.approx(found["flops"] / 0.002 / 1e12)
 
 
+def test_a_sliding_layer_reads_its_window_of_the_context_and_computes_no_more() -> None:
+    config = shape(sliding_window=8, tied_head=False)  # both layers slide
+    found = decoding(work(config), 100, 41, 0.002, FLAT)
+    assert found["bytes"] == 10_000_000 + 1000 * 8
+    assert found["flops"] == Cost(config).decode_flops(8)
+    entering = decoding(work(config), 4, 8, 0.002, FLAT)  # positions 5 to 11
+    assert entering["bytes"] == round(10_000_000 + 1000 * (5 + 6 + 7 + 4 * 8) / 7)
+    assert prefilling(work(config), 128, 0.02, FLAT)["bytes"] == 10_000_000 + 128_000  # it writes them all
+
+
+def test_a_shape_that_is_not_known_reads_every_position() -> None:
+    found = decoding(Work(None, 1000, 10, "float32"), 100, 41, 0.002, FLAT)
+    assert (found["bytes"], found["flops"]) == (1000 + 1205, None)
+
+
 def test_mbu_is_the_definition_whatever_the_bandwidth_at_that_working_set() -> None:
     found = decoding(work(weight_bytes_per_token=2**25, kv_bytes_per_position=0), 1, 2, 0.005, CEILINGS)
     assert found["mbu"] == pytest.approx(2**25 / 0.005 / 10**10.5)  # half way between the two measured ones

@@ -12,8 +12,9 @@ import pytest
 
 from hasten.errors import UserError
 from hasten.evaluation.conditions import Conditions, Repetition
-from hasten.evaluation.limits import Limits, cores
+from hasten.evaluation.limits import Limits
 from hasten.evaluation.trial import Contestant, Job, Outcome, judged, run
+from hasten.hardware import cores
 from hasten.scenario.qa import Qa
 from hasten.scenario.timing import Sample
 from tests.evaluation.trials import QA, alive, wait_until, with_mode, write_job, write_quiz

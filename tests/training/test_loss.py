@@ -11,7 +11,9 @@ from hasten.model.decoder import Decoder
 from hasten.training import loss
 from hasten.training.data import Batch
 from hasten.training.loss import token_losses, weighted_loss
-from tests.tiny import decoder, shape
+from tests.tiny import decoder, lstm, shape
+
+NETWORKS = {"decoder": decoder, "lstm": lstm}
 
 
 def textbook(model: Decoder, batch: Batch) -> Tensor:
@@ -35,6 +37,7 @@ def test_loss_and_gradients_equal_the_textbooks_whatever_the_chunk(seed: int, ch
     batch = {
         "ids": torch.randint(100, (3, 9), generator=generator),
         "weights": torch.rand(3, 9, generator=generator) * (torch.rand(3, 9, generator=generator) > 0.3),
+        "prompt_tokens": torch.tensor([1, 4, 9]),  # nothing to a decoder
     }
     batch["weights"][0, 1] = 1.0  # at least one token counts
     with pytest.MonkeyPatch.context() as patch:
@@ -54,9 +57,22 @@ def test_tokens_of_no_weight_change_neither_loss_nor_gradient() -> None:
     weights = torch.tensor([0.0, 1, 1, 1, 1, 0, 0, 0]).repeat(2, 1)
     changed = ids.clone()
     changed[:, 5:] = 2  # padding
-    before = gradients(model, weighted_loss(model, {"ids": ids, "weights": weights}))
-    after = gradients(model, weighted_loss(model, {"ids": changed, "weights": weights}))
+    rest = {"weights": weights, "prompt_tokens": torch.tensor([1, 1])}
+    before = gradients(model, weighted_loss(model, {"ids": ids, **rest}))
+    after = gradients(model, weighted_loss(model, {"ids": changed, **rest}))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_encoder_decoder_is_judged_on_what_follows_the_prompt_alone() -> None:
+    model, ids = lstm(spread=0.3), torch.randint(3, 100, (2, 8))
+    batch = {"ids": ids, "weights": torch.ones(2, 8), "prompt_tokens": torch.tensor([3, 6])}
+    batch["weights"][:, 0] = 0
+    loss = weighted_loss(model, batch)
+    hidden = model.hidden(ids, batch["prompt_tokens"])
+    first = F.cross_entropy(model.lm_head(hidden[0, 2:7]), ids[0, 3:])
+    second = F.cross_entropy(model.lm_head(hidden[1, 5:7]), ids[1, 6:])
+    assert loss.item() == pytest.approx((5 * first + 2 * second).item() / 7, rel=1e-5)
+    assert batch["weights"].sum() == 14  # the batch is left as it was
 
 
 def test_token_losses_are_negative_log_probabilities_in_nats() -> None:
@@ -69,8 +85,11 @@ def test_token_losses_are_negative_log_probabilities_in_nats() -> None:
     assert float(losses[1, 4]) == pytest.approx(-float(logits[1, 3].log_softmax(-1)[ids[1, 4]]), rel=1e-5)
 
 
-def test_under_bfloat16_autocast_the_loss_stays_float32_and_close() -> None:
-    model, batch = decoder(spread=0.1), {"ids": torch.randint(100, (2, 16)), "weights": torch.ones(2, 16)}
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_under_bfloat16_autocast_the_loss_stays_float32_and_close(kind: str) -> None:
+    model = NETWORKS[kind](spread=0.1)
+    split = torch.tensor([1, 8])
+    batch = {"ids": torch.randint(100, (2, 16)), "weights": torch.ones(2, 16), "prompt_tokens": split}
     with torch.autocast("cpu", torch.bfloat16):
         low = weighted_loss(model, batch)
     full = weighted_loss(model, batch)

@@ -55,8 +55,10 @@ def test_a_loss_that_is_not_finite_is_one_sentence_with_the_step_and_the_learnin
         model.model.norm.weight.fill_(torch.nan)
     module = LanguageModel(model, training(learning_rate=0.25), steps=1)
     module.trainer = type("Trainer", (), {"global_step": 7})()  # type: ignore[assignment]
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    batch = {"ids": ids, "weights": torch.ones(1, 4), "prompt_tokens": torch.tensor([1])}
     with pytest.raises(UserError, match=r"the loss is nan at step 7; lower training\.learning_rate \(now 0\.25\)"):
-        module.training_step({"ids": torch.ones(1, 4, dtype=torch.int64), "weights": torch.ones(1, 4)}, 0)
+        module.training_step(batch, 0)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from hasten.model.decoder import Decoder
+from hasten.model.network import Network
 from hasten.training.optimiser import Together, build_optimiser
 from hasten.training.options import Optimiser
-from tests.tiny import decoder, shape, training
+from tests.tiny import decoder, lstm, lstm_shape, shape, training
 
 
 def learn(model: Decoder, optimiser: torch.optim.Optimizer, steps: int) -> list[float]:
@@ -25,7 +26,7 @@ def learn(model: Decoder, optimiser: torch.optim.Optimizer, steps: int) -> list[
     return losses
 
 
-def groups(model: Decoder, optimiser: torch.optim.Optimizer) -> dict[str, float]:
+def groups(model: Network, optimiser: torch.optim.Optimizer) -> dict[str, float]:
     """Weight decay by parameter name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [(names[id(p)], group["weight_decay"]) for group in optimiser.param_groups for p in group["params"]]
@@ -35,11 +36,15 @@ def groups(model: Decoder, optimiser: torch.optim.Optimizer) -> dict[str, float]
 
 @pytest.mark.parametrize("kind", list(Optimiser))
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_weight_is_optimised_once_and_only_the_blocks_matrices_decay(kind: Optimiser, tied: bool) -> None:
-    model = decoder(shape(tied_head=tied))
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_every_weight_is_optimised_once_and_only_the_blocks_matrices_decay(
+    kind: Optimiser, tied: bool, recurrent: bool
+) -> None:
+    model = lstm(lstm_shape(tied_head=tied)) if recurrent else decoder(shape(tied_head=tied))
     decay = groups(model, build_optimiser(model, training(optimiser=kind, weight_decay=0.3)))
     assert decay.keys() == {name for name, _ in model.named_parameters()}
-    assert {name for name, value in decay.items() if value == 0.3} == {name for name in decay if "_proj" in name}
+    matrices = {name for name in decay if name.endswith("_proj.weight")}
+    assert {name for name, value in decay.items() if value == 0.3} == matrices
     assert set(decay.values()) == {0.0, 0.3}
 
 

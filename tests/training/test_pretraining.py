@@ -15,7 +15,7 @@ import torch
 from hasten.artifacts import Tokens, load_checkpoint
 from hasten.errors import UserError
 from hasten.model.decoder import Decoder
-from hasten.model.huggingface import load_decoder
+from hasten.model.huggingface import load_network
 from hasten.training.loop import Fitted
 from hasten.training.loss import token_losses
 from hasten.training.pretraining import held_out, pretrain
@@ -57,7 +57,7 @@ def test_a_base_model_learns_its_text_and_is_saved_with_its_tokenizer(data: Path
     assert list(loss) == [10, 20, 30, 40]
     assert loss[40] < 0.6 * loss[10] < math.log(100)
     checkpoint = load_checkpoint(tmp_path / "base")
-    model = load_decoder(checkpoint).eval()
+    model = load_network(checkpoint).eval()
     assert model.config.vocab_size == 100  # the tokenizer's
     with torch.no_grad():
         assert held_out(model, Tokens(data / "tokens"), training()) == pytest.approx(result.validation)

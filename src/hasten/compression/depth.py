@@ -3,13 +3,14 @@
 A block's influence is one minus the cosine between its input and its output, averaged over the
 calibration text's tokens (Men et al. 2024, ShortGPT, arXiv:2403.03853). Every dropped block removes
 its weight bytes, its KV cache and its latency on any engine: the one kind of pruning that needs no
-special kernel.
+special kernel. What is left may mix full and sliding layers in a pattern of its own (Gemma 3, Qwen),
+which `layer_types` spells out.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from hasten.artifacts import Checkpoint
@@ -19,6 +20,7 @@ from hasten.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hasten.model.config import ModelConfig
     from hasten.model.decoder import Decoder
 
 
@@ -36,18 +38,29 @@ class Depth(Compressor):
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Remove the least influential blocks. Raises `UserError` if that leaves none, or on a quantised parent."""
+        from hasten.model.config import ModelConfig
+        from hasten.model.config_json import FAMILIES, layer_fields
+        from hasten.model.decoder import Decoder
         from hasten.model.grid import quantised_names
-        from hasten.model.huggingface import load_decoder
+        from hasten.model.huggingface import load_network
+        from hasten.model.shape import read_shape
 
         if calibration is None:
             raise UserError("depth needs calibration text, got none")
+        shape = read_shape(parent.config)
+        if not isinstance(shape, ModelConfig):
+            raise UserError(
+                f"depth prunes the blocks of {', '.join(FAMILIES)}, got model_type {parent.config['model_type']!r}"
+            )
         tensors = parent.tensors()
         if quantised_names(tensors):
             raise UserError(f"depth needs a float parent, got {parent.path} which is quantised; prune first")
-        layers = int(parent.config["num_hidden_layers"])
+        layers = shape.layers
         if self.drop >= layers:
             raise UserError(f"compression.drop must be below the parent's {layers} layers, got {self.drop}")
-        scores = block_influence(load_decoder(parent), calibration.ids)
+        model = load_network(parent)
+        assert isinstance(model, Decoder)
+        scores = block_influence(model, calibration.ids)
         dropped = sorted(sorted(range(layers), key=lambda layer: (scores[layer], layer))[: self.drop])
         kept = [layer for layer in range(layers) if layer not in dropped]
         renumber = {old: new for new, old in enumerate(kept)}
@@ -58,9 +71,15 @@ class Depth(Compressor):
                 result[name] = value
             elif int(match[2]) in renumber:
                 result[f"{match[1]}{renumber[int(match[2])]}{match[3]}"] = value
-        config = {**parent.config, "num_hidden_layers": len(kept)}
+        config = {**parent.config, "num_hidden_layers": len(kept), **layer_fields(pruned(shape, kept))}
         notes = {"dropped": dropped, "influence": [round(score, 6) for score in scores]}
         return Compressed(config, result, None, notes)
+
+
+def pruned(shape: ModelConfig, kept: list[int]) -> ModelConfig:
+    """The shape with those layers alone."""
+    types = [shape.layer_types[layer] for layer in kept] if shape.layer_types else []
+    return replace(shape, layers=len(kept), layer_types=types)
 
 
 def block_influence(model: Decoder, ids: Tensor, batch_size: int = 8) -> list[float]:

@@ -1,4 +1,4 @@
-"""The reference engine: our own decoder in plain PyTorch, with a KV cache.
+"""The reference engine: our own network in plain PyTorch, with a KV cache (an LSTM: with the memory it carries).
 
 It is what every other engine's answers are compared with, and the honest float baseline: no
 compiler, no graph, one Python call per operation, so at batch 1 a small model's decode is bound by
@@ -20,7 +20,7 @@ from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
-    from hasten.model.decoder import Decoder
+    from hasten.model.network import Network
 
 
 @dataclass
@@ -50,9 +50,12 @@ class Eager(Engine):
         return self.weights if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
 
     def supports(self, variant: Variant) -> Support:
-        kind = variant.config.get("model_type")
-        if kind != "llama":
-            return Support(reason=f"eager runs model_type llama, the variant is {kind!r}")
+        from hasten.model.shape import read_shape
+
+        try:
+            read_shape(variant.config)
+        except UserError as error:
+            return Support(reason=str(error))
         if variant.manifest.get("grid"):
             return Support(native_format=f"{self.weights.name} (dequantised)", native=False)
         return Support(native_format=self.weights.name)
@@ -60,37 +63,36 @@ class Eager(Engine):
     def load(self, variant: Variant, cache: Path) -> EagerSession:
         import torch
 
-        from hasten.model.huggingface import load_decoder
+        from hasten.model.huggingface import load_network
 
         if self.devices[0] != "cpu" and not torch.cuda.is_available():
             raise UserError(f"engine.devices asks for {self.devices[0]}, this machine has no CUDA device")
         torch.set_num_threads(self.thread_count)
         start = time.perf_counter()
-        model = load_decoder(variant, getattr(torch, self.weights.name)).eval().to(self.devices[0])
+        model = load_network(variant, getattr(torch, self.weights.name)).eval().to(self.devices[0])
         session = EagerSession(self, model, str(self.supports(variant).native_format))
         session.load_seconds = time.perf_counter() - start
         return session
 
 
 class EagerSession(Session):
-    """One request at a time; the cache is allocated once and overwritten by the next request."""
+    """One request at a time; its state is allocated once and overwritten by the next request."""
 
-    def __init__(self, engine: Eager, model: Decoder, kernel: str) -> None:
+    def __init__(self, engine: Eager, model: Network, kernel: str) -> None:
         import torch
 
-        from hasten.model.cost import Cost
-        from hasten.model.decoder import Cache
+        from hasten.model.cost import cost_of
 
         self.model = model
         self.kernel = kernel
         size = getattr(torch, engine.weights.name).itemsize
         kv_dtype = getattr(torch, engine.kv_cache.name)
-        cost = Cost(model.config)
+        cost = cost_of(model.config)
         self.weight_bytes_per_token = cost.parameters_per_token * size
-        self.kv_bytes_per_position = cost.kv_bytes(1, kv_dtype.itemsize)
+        self.kv_bytes_per_position = cost.kv_bytes(2, kv_dtype.itemsize) - cost.kv_bytes(1, kv_dtype.itemsize)
         self.arithmetic = engine.weights.name
         self.context = engine.max_context
-        self.cache = Cache(model.config, 1, self.context, kv_dtype, engine.devices[0])
+        self.cache = model.new_state(1, self.context, kv_dtype, engine.devices[0])
 
     def submit(self, request: Request) -> Iterator[Token]:
         if len(request.prompt) + request.max_tokens > self.context:
@@ -104,8 +106,8 @@ class EagerSession(Session):
         import torch
 
         sent = time.perf_counter()
-        self.cache.length = 0
-        device = self.cache.keys.device
+        self.cache.clear()
+        device = self.model.lm_head.weight.device
         ids = torch.tensor([request.prompt], device=device)  # (1, T)
         for _ in range(request.max_tokens):
             with torch.inference_mode():

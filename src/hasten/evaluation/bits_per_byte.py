@@ -32,7 +32,7 @@ from hasten.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from hasten.model.decoder import Decoder
+    from hasten.model.network import Network
     from hasten.tokenizer.base import Tokenizer
 
 LONGEST_WINDOW = 2048
@@ -93,10 +93,10 @@ def bits_per_byte(
 
     tokenizer: the one that made the tokens. Raises `UserError` if it is not, `RuntimeError` if a logit is not finite.
     """
-    from hasten.model.huggingface import load_decoder
+    from hasten.model.huggingface import load_network
 
     texts = held_out(tokens, tokenizer, max_tokens_per_language)
-    model = load_decoder(checkpoint).eval()
+    model = load_network(checkpoint).eval()
     sequences = [ids for text in texts.values() for ids in text.sequences]
     if (largest := max((max(ids) for ids in sequences), default=0)) >= model.config.vocab_size:
         raise UserError(
@@ -164,24 +164,32 @@ def windows(tokens: int, context: int) -> Iterator[tuple[int, int, int]]:
         yield done - context, context, context - new
 
 
-def token_bits(model: Decoder, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """-log2 p of every token but the first, given those before it: (tokens - 1,) float64 for each sequence.
+def token_bits(
+    model: Network, sequences: Sequence[Sequence[int]], prompt_tokens: Sequence[int] | None = None
+) -> list[np.ndarray]:
+    """-log2 p of every token after the prompt, given all before it: (tokens - prompt,) float64 for each sequence.
 
-    Every sequence must hold at least 2 ids. Raises `RuntimeError` if a logit is not finite.
+    prompt_tokens: how many ids at the start of each sequence are its prompt, 1 by default; at least 1 and fewer than
+    all. An encoder-decoder reads with its encoder the prompt, and in a later window what earlier ones have predicted.
+    Raises `RuntimeError` if a logit is not finite.
     """
     import numpy as np
     import torch
 
     context = min(model.config.context, LONGEST_WINDOW)
-    work = [Window(row, *window) for row, ids in enumerate(sequences) for window in windows(len(ids), context)]
+    prompts = [1] * len(sequences) if prompt_tokens is None else list(prompt_tokens)
+    work: list[Window] = []
+    for row, (ids, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+        for start, length, skip in windows(len(ids), context):
+            if (skipped := max(skip, prompt - 1 - start)) < length:
+                work.append(Window(row, start, length, skipped))
     work.sort(key=lambda window: -window.length)  # like lengths together, so that little is computed on padding
-    widest = max(model.config.feed_forward_size, model.config.hidden_size)
     batches: list[list[Window]] = []
     while work:
-        count = max(1, TENSOR_VALUES // (widest * work[0].length))
+        count = max(1, TENSOR_VALUES // (model.config.widest * work[0].length))
         batches.append(work[:count])
         work = work[count:]
-    found = [np.full(len(ids) - 1, np.nan) for ids in sequences]
+    found = [np.full(len(ids) - prompt, np.nan) for ids, prompt in zip(sequences, prompts, strict=True)]
     threads = torch.get_num_threads()
     # One thread per batch, not all threads on each operation: nothing waits, sums do not depend on how many there are.
     torch.set_num_threads(1)
@@ -189,9 +197,10 @@ def token_bits(model: Decoder, sequences: Sequence[Sequence[int]]) -> list[np.nd
         with ThreadPoolExecutor(threads) as pool:
             for batch, values in zip(batches, pool.map(lambda b: _bits(model, sequences, b), batches), strict=True):
                 for window in batch:
-                    first, last = window.start + window.skip, window.start + window.length
-                    found[window.row][first:last] = values[: last - first]
-                    values = values[last - first :]
+                    count = window.length - window.skip
+                    first = window.start + window.skip + 1 - prompts[window.row]  # 0: the first after the prompt
+                    found[window.row][first : first + count] = values[:count]
+                    values = values[count:]
     finally:
         torch.set_num_threads(threads)
     if not all(np.isfinite(bits).all() for bits in found):
@@ -201,7 +210,7 @@ def token_bits(model: Decoder, sequences: Sequence[Sequence[int]]) -> list[np.nd
 
 @dataclass(frozen=True)
 class Window:
-    """One window (see `windows`) of the sequence in place `row`."""
+    """One window (see `windows`) of the sequence in place `row`; `skip` may also hide what is left of the prompt."""
 
     row: int
     start: int
@@ -209,7 +218,7 @@ class Window:
     skip: int
 
 
-def _bits(model: Decoder, sequences: Sequence[Sequence[int]], batch: Sequence[Window]) -> np.ndarray:
+def _bits(model: Network, sequences: Sequence[Sequence[int]], batch: Sequence[Window]) -> np.ndarray:
     """-log2 p of what each window is to predict, window after window, (predictions,) float64."""
     import torch
     import torch.nn.functional as F
@@ -223,7 +232,8 @@ def _bits(model: Decoder, sequences: Sequence[Sequence[int]], batch: Sequence[Wi
         wanted[i, window.skip : window.length] = True
     rows = max(1, TENSOR_VALUES // model.config.vocab_size)
     with torch.inference_mode():
-        states = model.model(ids)[wanted].split(rows)  # (n, hidden) each: the logits of a whole batch are too large
+        hidden = model.hidden(ids, torch.tensor([window.skip + 1 for window in batch]))
+        states = hidden[wanted].split(rows)  # (n, hidden) each: the logits of a whole batch are too large
         parts = zip(states, targets[wanted].split(rows), strict=True)
         nats = torch.cat([F.cross_entropy(model.lm_head(x).float(), y, reduction="none") for x, y in parts])
     bits: np.ndarray = (nats.double() / math.log(2)).numpy()

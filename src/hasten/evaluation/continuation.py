@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from hasten.evaluation.trial import Job
-    from hasten.model.decoder import Decoder
+    from hasten.model.network import Network
     from hasten.tokenizer.base import Tokenizer
 
 GRAM = 4
@@ -142,10 +142,10 @@ def judge(rows: Sequence[Row], baseline: Path, tokenizer: Path) -> list[Row]:
     if not rows:
         return []
     from hasten.artifacts import load_checkpoint
-    from hasten.model.huggingface import load_decoder
+    from hasten.model.huggingface import load_network
     from hasten.tokenizer.base import load_tokenizer
 
-    model, words = load_decoder(load_checkpoint(baseline)).eval(), load_tokenizer(tokenizer)
+    model, words = load_network(load_checkpoint(baseline)).eval(), load_tokenizer(tokenizer)
     asked, outputs = [row["prompt_ids"] for row in rows], [row["output_ids"] for row in rows]
     references = greedy(model, asked, len(outputs[0]))
     own, theirs = spelled(asked, outputs, model, words), spelled(asked, references, model, words)
@@ -173,22 +173,21 @@ def judge(rows: Sequence[Row], baseline: Path, tokenizer: Path) -> list[Row]:
     return found
 
 
-def greedy(model: Decoder, sequences: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-    """Exactly `tokens` greedy tokens after each sequence; those of equal length run as one batch with a KV cache.
+def greedy(model: Network, sequences: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+    """Exactly `tokens` greedy tokens after each sequence; those of equal length run as one batch with a state.
 
     Raises `RuntimeError` if a logit that decides is not finite.
     """
     import torch
 
-    from hasten.model.cost import Cost
-    from hasten.model.decoder import Cache
+    from hasten.model.cost import cost_of
 
     found: list[list[int]] = [[] for _ in sequences]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if Cost(model.config).parameters < SMALL_MODEL else threads)
+    torch.set_num_threads(1 if cost_of(model.config).parameters < SMALL_MODEL else threads)
     for length in sorted({len(ids) for ids in sequences}):
         rows = [row for row, ids in enumerate(sequences) if len(ids) == length]
-        cache = Cache(model.config, len(rows), length + tokens, torch.float32)
+        cache = model.new_state(len(rows), length + tokens, torch.float32)
         ids: torch.Tensor = torch.tensor([list(sequences[row]) for row in rows])  # (B, length)
         for _ in range(tokens):
             with torch.inference_mode():
@@ -202,16 +201,14 @@ def greedy(model: Decoder, sequences: Sequence[Sequence[int]], tokens: int) -> l
 
 
 def spelled(
-    asked: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], baseline: Decoder, tokenizer: Tokenizer
+    asked: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], baseline: Network, tokenizer: Tokenizer
 ) -> list[tuple[float, int]]:
-    """(bits under the baseline given the prompt, bytes) of each output."""
+    """(bits under the baseline given the prompt, bytes) of each output. An encoder-decoder reads the prompt as one."""
     from hasten.evaluation.bits_per_byte import byte_count, token_bits
 
-    bits = token_bits(baseline, [[*prompt, *ids] for prompt, ids in zip(asked, outputs, strict=True)])
-    return [
-        (float(values[-len(ids) :].sum()), byte_count(tokenizer, ids))
-        for values, ids in zip(bits, outputs, strict=True)
-    ]
+    texts = [[*prompt, *ids] for prompt, ids in zip(asked, outputs, strict=True)]
+    bits = token_bits(baseline, texts, [len(prompt) for prompt in asked])
+    return [(float(own.sum()), byte_count(tokenizer, ids)) for own, ids in zip(bits, outputs, strict=True)]
 
 
 def repetition_rate(ids: Sequence[int]) -> float:

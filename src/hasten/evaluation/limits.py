@@ -1,14 +1,8 @@
-"""What a trial's process may take: time, memory and cores; and what the kernel says about running out.
-
-Every worker is confined to the same cores, as many as its engine has threads, so that no engine gains by
-spreading over more of them than it was given.
-"""
+"""What a trial's process may take, time and memory, and what the kernel says about running out."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,23 +71,3 @@ def oom_kills(system: Path = Path("/")) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
-
-
-def cores(count: int, allowed: Collection[int] | None = None, system: Path = Path("/")) -> list[int] | None:
-    """The `count` cores every worker is confined to, sorted: the first allowed ones, each physical core once first.
-
-    Fewer if fewer are allowed. None where the system cannot confine a process.
-    """
-    if not hasattr(os, "sched_setaffinity"):
-        return None
-    seen: set[str] = set()
-    first: list[int] = []
-    siblings: list[int] = []
-    for core in sorted(os.sched_getaffinity(0) if allowed is None else allowed):
-        try:
-            physical = (system / f"sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text().strip()
-        except OSError:
-            physical = str(core)
-        (siblings if physical in seen else first).append(core)
-        seen.add(physical)
-    return sorted([*first, *siblings][:count])

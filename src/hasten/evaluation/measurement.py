@@ -5,6 +5,7 @@ A quantity that was not or could not be measured is null, and `why` says the rea
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from hasten.evaluation.quality import agreement, by_task, pooled
 from hasten.evaluation.roofline import Work, nothing, roofline
 from hasten.evaluation.trial import Job, Outcome
 from hasten.evaluation.worker import task_folders
-from hasten.model.config_json import from_huggingface
+from hasten.model.shape import Shape, read_shape
 
 
 def measurement(
@@ -122,9 +123,8 @@ def _limits(variant: Variant, outcome: Outcome, speeds: Json, ceilings: Json | s
         return nothing("the engine does not say what it reads" if ran else f"the trial {outcome.status}")
     if isinstance(ceilings, str):
         return nothing(ceilings)
-    try:
-        shape = from_huggingface(variant.config)
-    except UserError:  # a family whose FLOPs the cost model does not count
-        shape = None
+    shape: Shape | None = None
+    with contextlib.suppress(UserError):  # a family whose FLOPs the cost model does not count
+        shape = read_shape(variant.config)
     work = Work(shape, outcome.weight_bytes_per_token, outcome.kv_bytes_per_position, outcome.arithmetic)
     return roofline(work, speeds, ceilings)

@@ -18,12 +18,14 @@ small model lives in the cache. Everything here is arithmetic on numbers that we
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
 
 from hasten.artifacts import Json
 from hasten.ceilings import read_rate
-from hasten.model.config import ModelConfig
-from hasten.model.cost import Cost
+from hasten.model.cost import NetworkCost, cost_of
+from hasten.model.shape import Shape
 
 EXPLAINS = 0.5
 """The share of the measured time from which on a limit counts as what binds."""
@@ -37,14 +39,36 @@ class Work:
     """What a loaded variant does for a token, as its session says.
 
     config: the model's shape, None for a family whose FLOPs are not counted. weight_bytes_per_token: read for every
-    decoded token. kv_bytes_per_position: bytes of keys and values per position of the context, all layers.
-    arithmetic: what the multiplications use: `float32`, `float16`, `bfloat16` or `int8`.
+    decoded token. kv_bytes_per_position: bytes of keys and values per position of the context, all layers (0 for a
+    recurrent state, which does not grow: its few bytes are left out). arithmetic: what the multiplications use:
+    `float32`, `float16`, `bfloat16` or `int8`.
     """
 
-    config: ModelConfig | None
+    config: Shape | None
     weight_bytes_per_token: int
     kv_bytes_per_position: int
     arithmetic: str
+
+    @property
+    def cost(self) -> NetworkCost | None:
+        return cost_of(self.config) if self.config else None
+
+    def kv_bytes(self, tokens: int) -> float:
+        """The state that a prompt of that many tokens leaves."""
+        cost = self.cost
+        return cost.kv_bytes(tokens, self._element_bytes(cost)) if cost else self.kv_bytes_per_position * tokens
+
+    def kv_bytes_read(self, positions: Iterable[int]) -> float:
+        """What decoding a token reads of the state, on average over where it stands; sliding layers read a window."""
+        cost = self.cost
+        if cost is None:
+            return self.kv_bytes_per_position * fmean(positions)
+        element_bytes = self._element_bytes(cost)
+        return fmean(cost.kv_bytes_read(position, element_bytes) for position in positions)
+
+    def _element_bytes(self, cost: NetworkCost) -> float:
+        """Bytes per element of the state, by what the session says one position takes."""
+        return self.kv_bytes_per_position / cost.kv_bytes(1, 1)
 
 
 def roofline(work: Work, speed: Json, ceilings: Json) -> Json:
@@ -98,18 +122,20 @@ def _scenario(work: Work, entry: Json, ceilings: Json) -> Json:
 def decoding(work: Work, prompt_tokens: int, output_tokens: int, tpot_seconds: float, ceilings: Json) -> Json:
     """One decoded token, averaged over the tokens after the first of a request alone on the engine.
 
-    Token k after the first (k = 1 .. output - 1) attends to prompt + k positions: prompt + output / 2 on average.
+    Token k after the first (k = 1 .. output - 1) is the last of prompt + k positions: prompt + output / 2 on average.
     """
-    positions = prompt_tokens + output_tokens / 2
-    read = work.weight_bytes_per_token + work.kv_bytes_per_position * positions
-    flops = Cost(work.config).decode_flops(positions) if work.config else None
+    positions = range(prompt_tokens + 1, prompt_tokens + max(output_tokens, 2))
+    read = work.weight_bytes_per_token + work.kv_bytes_read(positions)
+    cost = work.cost
+    flops = round(fmean(cost.decode_flops(position) for position in positions)) if cost else None
     return phase("decode", read, flops, tpot_seconds, work.arithmetic, ceilings)
 
 
 def prefilling(work: Work, prompt_tokens: int, ttft_seconds: float, ceilings: Json) -> Json:
     """A whole prompt up to its first token: every weight read once for all its tokens, logits for the last alone."""
-    read = work.weight_bytes_per_token + work.kv_bytes_per_position * prompt_tokens
-    flops = Cost(work.config).prefill_flops(prompt_tokens, logits=1) if work.config else None
+    read = work.weight_bytes_per_token + work.kv_bytes(prompt_tokens)
+    cost = work.cost
+    flops = cost.prefill_flops(prompt_tokens, logits=1) if cost else None
     return phase("prefill", read, flops, ttft_seconds, work.arithmetic, ceilings)
 
 

@@ -10,8 +10,7 @@ from rich.console import Console
 from hasten.artifacts import Json, read_json
 from hasten.ceilings import ceilings
 from hasten.engine.base import Engine
-from hasten.evaluation.limits import cores
-from hasten.hardware import libraries, machine
+from hasten.hardware import cores, libraries, machine
 
 SIZES = (
     "artifact_bytes",

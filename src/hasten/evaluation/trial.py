@@ -21,9 +21,9 @@ from hasten.config import QUIET
 from hasten.engine.base import Engine
 from hasten.errors import UserError
 from hasten.evaluation.conditions import Repetition
-from hasten.evaluation.limits import Limits, cores
+from hasten.evaluation.limits import Limits
 from hasten.evaluation.process import Child, EndedError
-from hasten.hardware import THREAD_VARIABLES
+from hasten.hardware import THREAD_VARIABLES, cores
 from hasten.scenario.base import Scenario
 from hasten.scenario.timing import Sample
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from hasten.evaluation.conditions import Conditions, Watch
-from hasten.evaluation.limits import Limits, cores
+from hasten.evaluation.limits import Limits
 from hasten.evaluation.trial import Contestant, Job, Outcome, run
+from hasten.hardware import cores
 from hasten.scenario.timing import Sample
 
 MOST_ATTEMPTS = 3

@@ -1,8 +1,8 @@
-"""Checkpoints in and out: our decoder as a Hugging Face directory.
+"""Checkpoints in and out: our networks as Hugging Face directories.
 
 What is written opens in transformers (`AutoModelForCausalLM.from_pretrained`), vLLM and llama.cpp's
-converter: `config.json` (model_type llama), `generation_config.json`, `model.safetensors`, the
-tokenizer's files. What is read is refused with the reason where it is not a Llama of this family.
+converter: `config.json`, `generation_config.json`, `model.safetensors`, the tokenizer's files, the
+licence of whatever it was made from. (An LSTM opens here alone: no library has that architecture.)
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from torch import Tensor
 
 from hasten.artifacts import SCHEMA, Checkpoint, Json, write_json
 from hasten.errors import UserError
-from hasten.model.config_json import from_huggingface
-from hasten.model.decoder import Decoder
 from hasten.model.grid import Grid, floats
+from hasten.model.network import Network
+from hasten.model.shape import build, read_shape
+from hasten.sources import licence_files
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def grid_of(checkpoint: Checkpoint) -> Grid | None:
@@ -30,15 +32,15 @@ def grid_of(checkpoint: Checkpoint) -> Grid | None:
     return Grid(**grid) if grid else None
 
 
-def load_decoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Decoder:
-    """The decoder of a checkpoint, integers dequantised. Raises `UserError` if tensors and config disagree."""
-    config = from_huggingface(checkpoint.config)
+def load_network(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Network:
+    """The network of a checkpoint, integers dequantised. Raises `UserError` if tensors and config disagree."""
+    config = read_shape(checkpoint.config)
     tensors = floats(checkpoint.tensors(), grid_of(checkpoint))
     with torch.device("meta"):
-        model = Decoder(config)
+        model = build(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tied_head:
-        tensors = {**tensors, "lm_head.weight": tensors.get("model.embed_tokens.weight", torch.empty(0))}
+        tensors = {**tensors, "lm_head.weight": tensors.get(EMBEDDING, torch.empty(0))}
     problems = sorted(name for name in expected.keys() ^ tensors.keys()) or sorted(
         name for name, shape in expected.items() if tuple(tensors[name].shape) != shape
     )
@@ -50,11 +52,11 @@ def load_decoder(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
             raise UserError(f"{checkpoint.path}: tensor {name} holds NaN or infinite values")
     model.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, assign=True)
     if config.tied_head:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model.lm_head.weight = model.get_parameter(EMBEDDING)
     return model
 
 
-def decoder_tensors(model: Decoder) -> dict[str, Tensor]:
+def network_tensors(model: Network) -> dict[str, Tensor]:
     """The tensors to save, float32 on the CPU; a tied head is stored once."""
     state = {name: value.detach().cpu().float().contiguous() for name, value in model.state_dict().items()}
     if model.config.tied_head:
@@ -62,16 +64,26 @@ def decoder_tensors(model: Decoder) -> dict[str, Tensor]:
     return state
 
 
+def stored_dtype(tensors: dict[str, Tensor]) -> str:
+    """What `config.json` should call the floats of a checkpoint, so that readers lose none of them."""
+    kinds = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    return str(kinds.pop()).removeprefix("torch.") if len(kinds) == 1 else "float32"
+
+
 def save_checkpoint(
-    folder: Path, config: Json, tensors: dict[str, Tensor], tokenizer: Path, manifest: dict[str, Any]
+    folder: Path, config: Json, tensors: dict[str, Tensor], source: Path, manifest: dict[str, Any]
 ) -> None:
-    """Write a Hugging Face directory into `folder` (the caller makes it atomic with `replacing`)."""
+    """Write a Hugging Face directory into `folder` (the caller makes it atomic with `replacing`).
+
+    source: the folder whose tokenizer and licence it inherits: its parent, or the tokenizer of a fresh model.
+    """
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", {**config, "dtype": stored_dtype(tensors)})
     ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {**ids, "do_sample": False})
     save_file(dict(sorted(tensors.items())), folder / "model.safetensors", metadata={"format": "pt"})
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+    inherited = [source / name for name in TOKENIZER_FILES]
+    for path in [*inherited, *licence_files(source)]:
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
     write_json(folder / "manifest.json", {"schema": SCHEMA, **manifest})

@@ -3,8 +3,9 @@
 Because batch `i` depends on nothing but the seed and `i`, a run that resumes at step `k` sees
 exactly what an uninterrupted run would have seen, and no sampler state has to be trusted.
 
-A batch is `{"ids": (B, T) int64, "weights": (B, T) float32}`: weights[b, t] is how much the loss of
-predicting ids[b, t] from the tokens before it counts (0 for padding and for position 0).
+A batch is `{"ids": (B, T) int64, "weights": (B, T) float32, "prompt_tokens": (B,) int64}`: weights[b, t]
+is how much the loss of predicting ids[b, t] from the tokens before it counts (0 for padding and for
+position 0); the first prompt_tokens[b] ids are what an encoder-decoder reads with its encoder.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class PackedTokens(Dataset[Batch]):
         ids = np.stack([self.ids[start : start + self.length] for start in starts]).astype(np.int64)
         weights = torch.ones(ids.shape)
         weights[:, 0] = 0
-        return {"ids": torch.from_numpy(ids), "weights": weights}
+        # Where an encoder-decoder hands over: anywhere in the first half, so that most tokens are predicted.
+        splits = np.random.default_rng((self.seed, 1, index)).integers(1, self.length // 2 + 1, self.batch_size)
+        return {"ids": torch.from_numpy(ids), "weights": weights, "prompt_tokens": torch.from_numpy(splits)}
 
 
 @dataclass(frozen=True)
@@ -118,4 +121,4 @@ def padded(examples: Sequence[Example], prompt_weight: float, pad_id: int) -> Ba
         ids[row, : len(example.ids)] = torch.tensor(example.ids)
         weights[row, 1 : example.prompt_tokens] = prompt_weight
         weights[row, example.prompt_tokens : len(example.ids)] = 1.0
-    return {"ids": ids, "weights": weights}
+    return {"ids": ids, "weights": weights, "prompt_tokens": torch.tensor([one.prompt_tokens for one in examples])}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from hasten.artifacts import Checkpoint, replacing
 from hasten.errors import UserError
-from hasten.model.decoder import Decoder
-from hasten.model.huggingface import decoder_tensors, load_decoder, save_checkpoint
+from hasten.model.huggingface import load_network, network_tensors, save_checkpoint
+from hasten.model.network import Network
 from hasten.task.base import Item
 from hasten.task.data import TaskData
 from hasten.tokenizer.base import Tokenizer
@@ -35,7 +37,7 @@ def finetune(
     metrics: Metrics,
 ) -> Fitted:
     """Teach the base model its tasks and write the checkpoint to `target`."""
-    model = load_decoder(base)
+    model = load_network(base)
     examples = [example(item, tokenizer, max_tokens, task.path.name) for task in tasks for item in task.items("train")]
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
     per_epoch = -(-len(examples) // options.batch_size)
@@ -84,7 +86,7 @@ def finetune(
             "grid": None,
             "validation": fitted.validation,
         }
-        save_checkpoint(folder, base.config, decoder_tensors(model), base.path, manifest)
+        save_checkpoint(folder, base.config, network_tensors(model), base.path, manifest)
     return fitted
 
 
@@ -99,7 +101,7 @@ def example(item: Item, tokenizer: Tokenizer, max_tokens: int, task: str) -> Exa
     return Example((*prompt, *completion), len(prompt))
 
 
-def accuracy(model: Decoder, examples: Sequence[Example], pad_id: int, batch_size: int = 64) -> float:
+def accuracy(model: Network, examples: Sequence[Example], pad_id: int, batch_size: int = 64) -> float:
     """Share of items whose completion greedy decoding would produce exactly.
 
     Teacher forcing answers that in one pass: the greedy completion is right exactly when every
@@ -111,7 +113,9 @@ def accuracy(model: Decoder, examples: Sequence[Example], pad_id: int, batch_siz
     for start in range(0, len(ordered), batch_size):
         batch = padded(ordered[start : start + batch_size], 0.0, pad_id)
         ids = batch["ids"].to(device)
-        predicted = model(ids)[:, :-1].argmax(-1)
-        wrong = (predicted != ids[:, 1:]) & (batch["weights"][:, 1:].to(device) > 0)
+        counted = batch["weights"][:, 1:].to(device) > 0  # (B, T - 1)
+        states = model.hidden(ids, batch["prompt_tokens"].to(device))[:, :-1][counted]  # (N, hidden)
+        wrong = torch.zeros_like(counted)
+        wrong[counted] = model.lm_head(states).argmax(-1) != ids[:, 1:][counted]
         right += int((~wrong.any(dim=1)).sum())
     return right / len(ordered)

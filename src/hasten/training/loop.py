@@ -29,12 +29,12 @@ from torch.utils.data import Dataset
 
 from hasten.errors import UserError
 from hasten.hardware import cpu_count
-from hasten.model.decoder import Decoder
+from hasten.model.network import Network
 from hasten.training.data import Batch
 from hasten.training.module import LanguageModel
 from hasten.training.options import Precision, Training
 
-Validate = Callable[[Decoder], dict[str, float]]
+Validate = Callable[[Network], dict[str, float]]
 
 
 class Metrics(Protocol):
@@ -68,7 +68,7 @@ def computes_bfloat16(accelerator: str) -> bool:
 
 
 def fit(
-    model: Decoder,
+    model: Network,
     batches: Dataset[Batch],
     options: Training,
     *,

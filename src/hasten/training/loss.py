@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hasten.model.decoder import Decoder
+from hasten.model.network import Network
 from hasten.training.data import Batch
 
 CHUNK = 512  # tokens whose logits exist at the same time
@@ -27,11 +27,17 @@ def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
     return F.pad(losses.view(ids.shape[0], -1), (1, 0))
 
 
-def weighted_loss(model: Decoder, batch: Batch) -> Tensor:
-    """Mean cross-entropy over tokens, weighted. Logits are computed only where a token counts."""
+def weighted_loss(model: Network, batch: Batch) -> Tensor:
+    """Mean cross-entropy over tokens, weighted. Logits are computed only where a token counts.
+
+    A token of the prompt counts for nothing where the network reads prompts without predicting them.
+    """
     ids, weights = batch["ids"], batch["weights"][:, 1:]
+    if not model.predicts_prompt:
+        places = torch.arange(1, ids.shape[1], device=ids.device)
+        weights = weights * (places >= batch["prompt_tokens"][:, None])
     counted = weights > 0  # (B, T - 1)
-    hidden = model.model(ids)[:, :-1][counted]  # (N, hidden)
+    hidden = model.hidden(ids, batch["prompt_tokens"])[:, :-1][counted]  # (N, hidden)
     total: Tensor = LinearCrossEntropy.apply(hidden, model.lm_head.weight, ids[:, 1:][counted], weights[counted])  # type: ignore[no-untyped-call]
     return total / weights.sum()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hasten.errors import UserError
-from hasten.model.decoder import Decoder
+from hasten.model.network import Network
 from hasten.training.data import Batch
 from hasten.training.loss import weighted_loss
 from hasten.training.optimiser import build_optimiser
@@ -31,7 +31,7 @@ def learning_rate_factor(step: int, steps: int, options: Training) -> float:
 class LanguageModel(lightning.LightningModule):
     """A decoder in training for `steps` optimiser steps."""
 
-    def __init__(self, model: Decoder, options: Training, steps: int) -> None:
+    def __init__(self, model: Network, options: Training, steps: int) -> None:
         super().__init__()
         self.model, self.options, self.steps = model, options, steps
         self.tokens_seen = 0

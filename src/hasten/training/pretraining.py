@@ -10,10 +10,9 @@ import torch
 
 from hasten.artifacts import Tokens, replacing
 from hasten.errors import UserError
-from hasten.model.config import ModelConfig
-from hasten.model.config_json import to_huggingface
-from hasten.model.decoder import Decoder
-from hasten.model.huggingface import decoder_tensors, save_checkpoint
+from hasten.model.huggingface import network_tensors, save_checkpoint
+from hasten.model.network import Network
+from hasten.model.shape import Shape, build, write_shape
 from hasten.tokenizer.base import load_tokenizer
 from hasten.training.data import PackedTokens
 from hasten.training.loop import Fitted, Metrics, fit
@@ -24,7 +23,7 @@ from hasten.training.options import Training
 def pretrain(
     tokens: Tokens,
     tokenizer: Path,
-    config: ModelConfig,
+    config: Shape,
     options: Training,
     *,
     seed: int,
@@ -32,7 +31,7 @@ def pretrain(
     target: Path,
     metrics: Metrics,
 ) -> Fitted:
-    """Train a decoder from scratch on `tokens` and write the checkpoint to `target`.
+    """Train a network from scratch on `tokens` and write the checkpoint to `target`.
 
     tokenizer: its folder, copied into the checkpoint.
     """
@@ -52,7 +51,7 @@ def pretrain(
         length=options.sequence_length,
         seed=seed,
     )
-    model = Decoder(config)
+    model = build(config)
     model.initialise(seed)
     fitted = fit(
         model,
@@ -75,11 +74,11 @@ def pretrain(
             "grid": None,
             "validation": fitted.validation,
         }
-        save_checkpoint(folder, to_huggingface(config, **ids), decoder_tensors(model), tokenizer, manifest)
+        save_checkpoint(folder, write_shape(config, **ids), network_tensors(model), tokenizer, manifest)
     return fitted
 
 
-def held_out(model: Decoder, tokens: Tokens, options: Training) -> dict[str, float]:
+def held_out(model: Network, tokens: Tokens, options: Training) -> dict[str, float]:
     """Loss in nats per token on the validation split, and bits per byte for each language.
 
     Bits per byte compares models with different tokenizers: nats per token / ln 2 * tokens per byte.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hasten.model.decoder import Decoder
+    from hasten.model.network import Network
 
 
 @dataclass
@@ -15,9 +15,9 @@ class Tuning(ABC):
     """A way of fine-tuning."""
 
     @abstractmethod
-    def attach(self, model: Decoder) -> None:
+    def attach(self, model: Network) -> None:
         """Choose what trains: set `requires_grad`, add modules."""
 
     @abstractmethod
-    def merge(self, model: Decoder) -> None:
+    def merge(self, model: Network) -> None:
         """Undo `attach` so that the model is a plain decoder again, with what was learned in its weights."""

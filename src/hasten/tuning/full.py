@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from hasten.tuning.base import Tuning
 
 if TYPE_CHECKING:
-    from hasten.model.decoder import Decoder
+    from hasten.model.network import Network
 
 
 @dataclass
 class Full(Tuning):
     """Nothing to add and nothing to merge."""
 
-    def attach(self, model: Decoder) -> None:
+    def attach(self, model: Network) -> None:
         model.requires_grad_(True)
 
-    def merge(self, model: Decoder) -> None:
+    def merge(self, model: Network) -> None:
         """The weights already are the model's own."""

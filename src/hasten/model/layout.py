@@ -1,0 +1,105 @@
+"""How many bytes a model's weights take, format by format: floats, integers as stored, integers as engines read them.
+
+A quantised matrix is integers and scales. On disk (`hasten.model.grid.stored`) rows of integers fill 32-bit words and
+scales are float32; engines pack the same integers behind 16-bit scales, llama.cpp in blocks of 32 (34 bytes in Q8_0,
+18 in Q4_0), others with one scale per group. Embeddings, norms and biases stay float. A tied head that is quantised
+is a matrix of its own beside the embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hasten.errors import UserError
+
+if TYPE_CHECKING:
+    from hasten.model.grid import Grid
+
+BLOCK = 32
+"""Weights that share a scale in llama.cpp's Q8_0 and Q4_0."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """`count` matrices of one shape, (rows, columns) = (outputs, inputs)."""
+
+    rows: int
+    columns: int
+    count: int = 1
+
+    @property
+    def weights(self) -> int:
+        return self.rows * self.columns * self.count
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A matrix's bytes. group_size: neighbours in a row that share a scale, 0 means the whole row.
+
+    scale_bytes: of one scale, 0 for floats, which have none. word_bytes: what a row of weights is padded to a multiple
+    of. matrix_bytes: what a matrix has beside weights and scales.
+    """
+
+    weight_bits: int
+    scale_bytes: int = 0
+    group_size: int = 0
+    word_bytes: int = 1
+    matrix_bytes: int = 0
+
+    @property
+    def quantised(self) -> bool:
+        return self.scale_bytes > 0
+
+    def bytes_of(self, matrix: Matrix) -> int:
+        """Raises `UserError` if groups do not divide its columns."""
+        if self.group_size and matrix.columns % self.group_size:
+            raise UserError(
+                f"group_size must divide every matrix's input width, got {self.group_size} for {matrix.columns}"
+            )
+        scales = matrix.columns // self.group_size if self.group_size else 1
+        words = -(-matrix.columns * self.weight_bits // (8 * self.word_bytes))
+        row = words * self.word_bytes + scales * self.scale_bytes
+        return (matrix.rows * row + self.matrix_bytes) * matrix.count
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a whole model is held. head: of the output matrix; a float head that is tied is the embedding.
+
+    vector_bytes: of one element of a norm or a bias.
+    """
+
+    matrices: Layout
+    head: Layout
+    embedding: Layout
+    vector_bytes: int = 4
+
+    @classmethod
+    def floats(cls, element_bytes: int = 4) -> Format:
+        """Everything in one float type."""
+        layout = Layout(8 * element_bytes)
+        return cls(layout, layout, layout, element_bytes)
+
+    @classmethod
+    def stored(cls, grid: Grid, *, head: bool = True, element_bytes: int = 4) -> Format:
+        """As a quantised checkpoint is stored: 32-bit words, float32 scales, each matrix's shape as two int64.
+
+        head: whether the output matrix is quantised too. element_bytes: of what stays float.
+        """
+        return cls._of(Layout(grid.bits, 4, grid.group_size, word_bytes=4, matrix_bytes=16), head, element_bytes, 4)
+
+    @classmethod
+    def packed(cls, grid: Grid, *, head: bool = True, element_bytes: int = 4, scale_bytes: int = 2) -> Format:
+        """As an engine reads a grid that it runs natively: integers without gaps, one scale for each group."""
+        return cls._of(Layout(grid.bits, scale_bytes, grid.group_size), head, element_bytes, 4)
+
+    @classmethod
+    def blocks(cls, grid: Grid, *, head: bool = True, element_bytes: int = 4) -> Format:
+        """As llama.cpp reads it, Q8_0 or Q4_0: wider groups repeat their scale in every block of 32."""
+        return cls._of(Layout(grid.bits, 2, BLOCK), head, element_bytes, 4)
+
+    @classmethod
+    def _of(cls, layout: Layout, head: bool, element_bytes: int, vector_bytes: int) -> Format:
+        plain = Layout(8 * element_bytes)
+        return cls(layout, layout if head else plain, plain, vector_bytes)

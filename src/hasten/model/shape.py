@@ -1,0 +1,38 @@
+"""Which network a `config.json` describes, and building it: the one place that knows all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hasten.artifacts import Json
+from hasten.model.config import ModelConfig
+from hasten.model.config_json import from_huggingface, to_huggingface
+from hasten.model.lstm_config import MODEL_TYPE, LstmConfig, from_json, to_json
+
+if TYPE_CHECKING:
+    from hasten.model.network import Network
+
+Shape = ModelConfig | LstmConfig
+
+
+def read_shape(config: Json) -> Shape:
+    """The shape in a `config.json`. Raises `UserError` for an architecture that is not covered."""
+    return from_json(config) if config.get("model_type") == MODEL_TYPE else from_huggingface(config)
+
+
+def write_shape(shape: Shape, *, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Json:
+    """`config.json` of a checkpoint with this shape."""
+    if isinstance(shape, LstmConfig):
+        return to_json(shape, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
+    return to_huggingface(shape, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
+
+
+def build(shape: Shape) -> Network:
+    """A network of that shape, weights not yet set."""
+    if isinstance(shape, LstmConfig):
+        from hasten.model.lstm import Lstm
+
+        return Lstm(shape)
+    from hasten.model.decoder import Decoder
+
+    return Decoder(shape)
