@@ -1,6 +1,7 @@
-"""Train a base model from scratch: artifacts/<plan>/checkpoints/base.
+"""A base model, trained from scratch or imported: artifacts/<plan>/checkpoints/base.
 
 python pipelines/pretrain.py plan=default model=tiny training.steps=200
+python pipelines/pretrain.py plan=mine model=huggingface model.path=path/to/checkpoint
 """
 
 from hasten.config import stage
@@ -10,20 +11,30 @@ from hasten.stages import Pretrain
 @stage(Pretrain)
 def main(config: Pretrain) -> None:
     from hasten.artifacts import Tokens, digest
+    from hasten.importing.checkpoint import import_checkpoint
+    from hasten.model.imported import Huggingface
+    from hasten.sources import resolve
     from hasten.tracking import track
     from hasten.training.pretraining import pretrain
 
-    tokens, tokenizer = Tokens(config.folder / "tokens"), config.folder / "tokenizer"
+    model, tokenizer, target = config.model, config.folder / "tokenizer", config.folder / "checkpoints/base"
+    if isinstance(model, Huggingface):
+        source = resolve(model.path, model.revision, model.accept_licence)
+        inputs = {"source": digest(source), "tokenizer": digest(tokenizer)}
+        with track("pretrain", config, inputs=inputs, record=config.record("pretrain")) as run:
+            run.metrics(import_checkpoint(source, tokenizer, model, target))
+        return
+    tokens = Tokens(config.folder / "tokens")
     inputs = {"tokens": tokens.hash, "tokenizer": digest(tokenizer)}
     with track("pretrain", config, inputs=inputs, record=config.record("pretrain")) as run:
         fitted = pretrain(
             tokens,
             tokenizer,
-            config.model,
+            model,
             config.training,
             seed=config.seed,
             scratch=config.scratch("pretrain", run.key),
-            target=config.folder / "checkpoints/base",
+            target=target,
             metrics=run,
         )
         run.metrics(fitted.figures())

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hasten.corpus import packages
+from hasten import packages
 
 TOPICS = ("bread", "rivers", "violins", "snow", "chess", "planets", "gardens", "trains", "cheese", "mountains")
 

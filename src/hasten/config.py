@@ -28,6 +28,13 @@ Root = TypeVar("Root")
 
 AXES = ("corpus", "task", "tokenizer", "tuning", "compression", "engine", "scenario")
 
+# The schemas of the `model` axis: sizes (tiny, small, ...) are many YAMLs of one class, so names are not discovered.
+MODELS = {
+    "decoder": "hasten.model.config.ModelConfig",
+    "huggingface": "hasten.model.imported.Huggingface",
+    "lstm": "hasten.model.lstm_config.LstmConfig",
+}
+
 # Everything that phones home by default is switched off, in one place, before anything is imported.
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -55,6 +62,15 @@ def discover(axis: str) -> dict[str, type]:
     return found
 
 
+def model_recipes() -> dict[str, type]:
+    """The classes of the `model` axis by the name of their schema: `decoder` is `base_decoder`."""
+    found: dict[str, type] = {}
+    for name, place in MODELS.items():
+        module, _, component = place.rpartition(".")
+        found[name] = getattr(importlib.import_module(module), component)
+    return found
+
+
 def camel_case(name: str) -> str:
     """`question_type` -> `QuestionType`."""
     return "".join(part.capitalize() for part in name.split("_"))
@@ -69,9 +85,8 @@ def register(stage: str, root: type, axes: tuple[str, ...] = AXES) -> None:
     for axis in axes:
         for name, component in discover(axis).items():
             store.store(group=axis, name=f"base_{name}", node=component)
-    # Sizes (tiny, small, ...) are many YAMLs of one class, so this axis has one schema.
-    shape = importlib.import_module("hasten.model.config").ModelConfig
-    store.store(group="model", name="base_decoder", node=shape)
+    for name, recipe in model_recipes().items():
+        store.store(group="model", name=f"base_{name}", node=recipe)
 
 
 def stage(root: type[Root]) -> Callable[[Callable[[Root], Any]], Callable[[], None]]:

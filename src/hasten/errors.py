@@ -5,7 +5,13 @@ checkpoint): name the field, the value given and what is accepted. Everything el
 keeps its traceback. Entry points print the sentence and exit with `EXIT_CODE`.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_CODE = 2
+LONGEST_SENTENCE = 480
 
 
 class UserError(ValueError):
@@ -15,3 +21,16 @@ class UserError(ValueError):
 def one_of(field: str, value: object, accepted: object) -> UserError:
     """`UserError` in the house style: ``bits must be one of [4, 8], got 5``."""
     return UserError(f"{field} must be one of {accepted}, got {value!r}")
+
+
+@contextmanager
+def one_sentence(subject: object) -> Iterator[None]:
+    """Name what is read in front of what is wrong with it, on one line, however much of it was quoted."""
+    try:
+        yield
+    except UserError as error:
+        sentence = " ".join(str(error).split())
+        sentence = sentence if str(subject) in sentence else f"{subject}: {sentence}"
+        if len(sentence) > LONGEST_SENTENCE:
+            sentence = f"{sentence[:LONGEST_SENTENCE]}..."
+        raise UserError(sentence) from None

@@ -24,7 +24,7 @@ from hasten.evaluation.confirmation import Together
 from hasten.evaluation.continuation import Continuation
 from hasten.evaluation.limits import Limits
 from hasten.evaluation.trial import Job
-from hasten.model.config import ModelConfig
+from hasten.model.recipe import ModelRecipe
 from hasten.scenario.base import Scenario
 from hasten.task.base import Task
 from hasten.tokenizer.base import TokenizerRecipe
@@ -127,9 +127,9 @@ class Prepare(Stage):
 
 @dataclass
 class Pretrain(Stage):
-    """Tokens to a base model."""
+    """Tokens to a base model: a shape is trained, a source is imported."""
 
-    model: ModelConfig = MISSING
+    model: ModelRecipe = MISSING
     training: Training = field(default_factory=Training)
 
 

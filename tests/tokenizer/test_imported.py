@@ -76,3 +76,60 @@ def test_a_path_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
         Imported().build(NOTHING, tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         Imported(path=str(tmp_path / "absent")).build(NOTHING, tmp_path)
+
+
+def test_the_chat_template_and_the_licence_come_along(tmp_path: Path, source: Path) -> None:
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "LICENSE").write_text("terms")
+    config = read_json(source / "tokenizer_config.json")
+    write_json(source / "tokenizer_config.json", {**config, "chat_template": "{{ bos_token }}"})
+    build(tmp_path, Imported(path=str(source)))
+    assert (tmp_path / "imported" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert (tmp_path / "imported" / "LICENSE").read_text() == "terms"
+    assert read_json(tmp_path / "imported" / "tokenizer_config.json")["chat_template"] == "{{ bos_token }}"
+
+
+def test_of_several_end_tokens_the_first_is_the_one(tmp_path: Path, source: Path) -> None:
+    write_json(source / "special_tokens_map.json", {"eos_token": [{"content": "</s>"}, "<s>"]})
+    assert build(tmp_path, Imported(path=str(source))).eos_id == 1
+
+
+def add_token(source: Path, token: str) -> None:
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(source / "tokenizer.json"))
+    backend.add_special_tokens([token])
+    backend.save(str(source / "tokenizer.json"))
+
+
+def test_an_added_token_that_the_model_cannot_embed_is_left_out(tmp_path: Path, source: Path) -> None:
+    """As Gemma 3's <image_soft_token> is given out with models that only read."""
+    add_token(source, "<image>")
+    write_json(source / "config.json", {"vocab_size": 5})
+    tokenizer = build(tmp_path, Imported(path=str(source)))
+    assert tokenizer.vocab_size == 5
+    assert tokenizer.encode("hello world") == [2, 3]
+    assert read_json(tmp_path / "imported" / "manifest.json")["dropped"] == ["<image>"]
+
+
+def test_what_is_needed_or_can_be_embedded_is_kept(tmp_path: Path, source: Path) -> None:
+    add_token(source, "<image>")
+    write_json(source / "config.json", {"vocab_size": 6})
+    assert build(tmp_path, Imported(path=str(source))).vocab_size == 6
+    write_json(source / "config.json", {"vocab_size": 5})
+    (tmp_path / "again").mkdir()
+    Imported(path=str(source), pad="<image>").build(NOTHING, tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").pad_id == 5
+
+
+@pytest.mark.parametrize("broken", ['{"a": NaN}', '{"a": "\\ud800"}', "[]", "{"])
+def test_a_malformed_config_is_one_sentence(tmp_path: Path, source: Path, broken: str) -> None:
+    (source / "tokenizer_config.json").write_text(broken)
+    with pytest.raises(UserError, match=r"tokenizer_config\.json") as error:
+        build(tmp_path, Imported(path=str(source)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_packaged_tokenizer_asks_for_its_licence() -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.accept_licence=gemma"):
+        Imported(path="package:gemma3-270m").build(NOTHING, Path("nowhere"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from hasten.corpus.base import Document, Source
-from hasten.corpus.packages import CHITCHAT
+from hasten.packages import CHITCHAT
 
 Turns = list[tuple[str, str]]
 """(speaker, text) in order; speakers are letters."""

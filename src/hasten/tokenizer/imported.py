@@ -1,41 +1,71 @@
-"""A tokenizer somebody else made: a Hugging Face folder or a `tokenizer.json`, kept as it is."""
+"""A tokenizer somebody else made: a Hugging Face folder, a `tokenizer.json`, a Hub id or a package, kept as it is.
+
+Its chat template and its licence files come along.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hasten.artifacts import Json, digest, read_json
-from hasten.errors import UserError
-from hasten.tokenizer.base import ROLES, TokenizerRecipe, TrainingText, read_backend, special_tokens, write_tokenizer
+from hasten.errors import UserError, one_sentence
+from hasten.sources import copy_licences, resolve
+from hasten.tokenizer.base import (
+    ROLES,
+    TokenizerRecipe,
+    TrainingText,
+    parse_backend,
+    read_backend,
+    special_tokens,
+    write_tokenizer,
+)
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # Entries that would make a reader fetch or run something that is not in the folder.
 _DROPPED = ("auto_map", "name_or_path", "added_tokens_decoder")
+TEMPLATE = "chat_template.jinja"
 
 
 @dataclass
 class Imported(TokenizerRecipe):
-    """path: the folder or file. bos, eos, pad: the special tokens by name, if the folder does not name them."""
+    """path: the folder or file, ORG/NAME on the Hub, or package:NAME. revision: of a Hub id.
+
+    accept_licence: the name of the licence, where the source demands that it be accepted. bos, eos, pad: the special
+    tokens by name, if the folder does not name them.
+    """
 
     path: str = ""
+    revision: str = ""
+    accept_licence: str = ""
     bos: str = ""
     eos: str = ""
     pad: str = ""
 
     def build(self, text: TrainingText, folder: Path) -> None:
-        if not self.path:
-            raise UserError("tokenizer.path must name a Hugging Face folder or a tokenizer.json, got nothing")
-        path = Path(self.path)
+        path = resolve(self.path, self.revision, self.accept_licence, field="tokenizer")
         file, home = (path / "tokenizer.json", path) if path.is_dir() else (path, path.parent)
-        backend = read_backend(file)
-        tokens = self._tokens(home)
-        for role, token in tokens.items():
-            if token and backend.token_to_id(token) is None:
-                raise UserError(f"tokenizer.{role} must be in the vocabulary of {file}, got {token!r}")
-        if not tokens["eos"]:
-            raise UserError(f"tokenizer.eos must be given, because {home} names no end-of-text token")
-        facts = {"method": "imported", "options": asdict(self), "source": digest(file)}
-        write_tokenizer(folder, backend, tokens, self._config(home), facts)
+        with one_sentence(path):
+            tokens, config = self._tokens(home), self._config(home)
+            backend = read_backend(file)
+            dropped = unembedded(file, home, {token for token in tokens.values() if token})
+            if dropped:
+                backend = without(file, dropped)
+            for role, token in tokens.items():
+                if token and backend.token_to_id(token) is None:
+                    raise UserError(f"tokenizer.{role} must be in the vocabulary of {file}, got {token!r}")
+            if not tokens["eos"]:
+                raise UserError(f"tokenizer.eos must be given, because {home} names no end-of-text token")
+            facts = {"method": "imported", "options": asdict(self), "source": digest(file), "dropped": dropped}
+            write_tokenizer(folder, backend, tokens, config, facts)
+        if (home / TEMPLATE).is_file():
+            shutil.copyfile(home / TEMPLATE, folder / TEMPLATE)
+        copy_licences(home, folder)
 
     def _tokens(self, home: Path) -> dict[str, str | None]:
         found = special_tokens(home)
@@ -44,4 +74,30 @@ class Imported(TokenizerRecipe):
     def _config(self, home: Path) -> Json:
         source = home / "tokenizer_config.json"
         config = read_json(source) if source.is_file() else {}
+        try:
+            json.dumps(config, allow_nan=False, ensure_ascii=False).encode()
+        except ValueError as error:  # NaN, infinity, half a character: Python's reader takes them
+            raise UserError(f"{source} holds what JSON cannot: {error}") from None
         return {key: value for key, value in config.items() if key not in _DROPPED}
+
+
+def unembedded(file: Path, home: Path, needed: set[str]) -> list[str]:
+    """Added tokens that the model beside the tokenizer has no embedding for, and nobody needs.
+
+    Gemma 3's text models are given out with the tokenizer of those that see: its last token, <image_soft_token>, has no
+    row in their embedding, and stands for what no text holds.
+    """
+    config = read_json(home / "config.json") if (home / "config.json").is_file() else {}
+    rows, content = config.get("vocab_size"), read_json(file)
+    if not isinstance(rows, int):
+        return []
+    learned = content["model"].get("vocab") or {}
+    beyond = [token["content"] for token in content.get("added_tokens") or [] if token["id"] >= rows]
+    return [token for token in beyond if token not in learned and token not in needed]
+
+
+def without(file: Path, tokens: list[str]) -> tokenizers.Tokenizer:
+    """A `tokenizer.json` less some of its added tokens."""
+    content = read_json(file)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in tokens]
+    return parse_backend(json.dumps(content))

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from hasten import packages
 from hasten.artifacts import digest
-from hasten.corpus import packages
-from hasten.corpus.packages import Package, fetch, read
 from hasten.errors import UserError
+from hasten.packages import Package, fetch, read
 
 
 @pytest.fixture
