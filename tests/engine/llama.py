@@ -1,4 +1,4 @@
-"""Tiny random Llamas as checkpoints and variants, with a real byte-level tokenizer."""
+"""Tiny random Llamas and their relatives as checkpoints and variants, with a real byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hasten.artifacts import Variant, replacing, write_json
-from hasten.model.config import ModelConfig
+from hasten.model.config import Activation, ModelConfig
 from hasten.model.config_json import to_huggingface
 from hasten.model.grid import Grid, portable_scale, quantise, stored
 from hasten.model.huggingface import save_checkpoint
@@ -19,9 +19,26 @@ TEXT = ["The quick brown fox jumps over the lazy dog 2026 times.", "今天天气
 
 
 def shape(**changes: Any) -> ModelConfig:
-    """2 layers, grouped-query attention (4 heads share 2 key/value heads), wide enough for groups of 64."""
+    """2 layers, grouped-query attention (4 heads share 2 key/value heads), wide enough for groups of 64; a Llama."""
     fields = {"layers": 2, "hidden_size": 64, "heads": 4, "kv_heads": 2, "feed_forward_size": 128, "context": 256}
     return ModelConfig(**{**fields, "vocab_size": VOCABULARY, **changes})
+
+
+def gemma(layer_types: str, **changes: Any) -> ModelConfig:
+    """A Gemma 3. layer_types: a letter for each layer, `S` slides (8 tokens) and `F` is full."""
+    fields = {
+        "post_norms": True,
+        "offset_norms": True,
+        "embedding_scale": True,
+        "head_norm": True,
+        "activation": Activation.gelu_tanh,
+        "layers": len(layer_types),
+        "sliding_window": 8 if "S" in layer_types else 0,
+        "layer_types": [{"S": "sliding_attention", "F": "full_attention"}[letter] for letter in layer_types],
+        "rope_theta": 1e6,
+        "local_rope_theta": 500.0,
+    }
+    return shape(**{**fields, **changes})
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -50,7 +67,12 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor
 
     torch.manual_seed(seed)
     state = {name: torch.randn(value.shape) * 0.2 for name, value in Decoder(config).state_dict().items()}
-    state.update({name: 1 + 0.1 * value for name, value in state.items() if "norm" in name})
+    middle = 0 if config.offset_norms else 1
+    state.update({name: middle + value / 2 for name, value in state.items() if "norm" in name})
+    if config.embedding_scale:  # a scaled embedding would predict itself, were it not small beside what blocks add
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            state[name] /= 10
+        state["model.norm.weight"] += 9
     if config.tied_head:
         del state["lm_head.weight"]
     return state

@@ -8,8 +8,12 @@ from hypothesis import strategies as st
 from hasten.artifacts import digest
 from hasten.engine import gguf
 from hasten.engine.base import Dtype
+from hasten.engine.gguf_layout import sliding_period
 from hasten.errors import UserError
+from hasten.model.config import RopeKind, RopeScaling
 from hasten.model.grid import Grid, dequantise, floats, portable_scale
+from hasten.model.lstm_config import LstmConfig
+from hasten.model.shape import write_shape
 from tests.engine import llama
 
 
@@ -124,6 +128,91 @@ def test_grids_that_llamacpp_has_no_blocks_for_are_refused_with_the_reason(tmp_p
     variant = llama.variant(tmp_path / "v", llama.shape())
     variant.manifest["grid"] = grid
     assert words in str(gguf.unsupported(variant))
+
+
+BIASES = {"qkv_bias": True, "output_bias": True}
+LLAMA3 = RopeScaling(RopeKind.llama3, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (llama.shape(head_norm=True, **BIASES), "qwen3 reads no bias of o_proj"),
+        (llama.gemma("SF", **BIASES), "gemma3 reads no bias of o_proj"),
+        (llama.shape(head_norm=True, rope_scaling=LLAMA3), "qwen3 cannot stretch rotary positions as llama3"),
+        (llama.shape(qkv_bias=True, rope_scaling=LLAMA3), "qwen2 cannot stretch rotary positions as llama3"),
+        (llama.gemma("SF", rope_scaling=LLAMA3), "gemma3 cannot stretch rotary positions as llama3"),
+        (llama.shape(qkv_bias=True, head_size=32), r"needs heads x head_dim to be hidden_size (64), got 4 x 32"),
+        (llama.gemma("FSS"), "every n-th layer is global and all others slide, got layer_types FSS"),
+        (llama.gemma("SSFSF"), "got layer_types SSFSF"),
+        (llama.shape(sliding_window=100), "at most this mistral's sliding_window (100), got 256"),
+        (llama.shape(head_norm=True, sliding_window=100), "at most this qwen3's sliding_window (100), got 256"),
+        (llama.shape(qkv_bias=True, sliding_window=100), "at most this qwen2's sliding_window (100), got 256"),
+    ],
+)
+def test_what_llamacpp_leaves_out_of_a_family_is_refused_with_the_reason(tmp_path, config, words):
+    variant = llama.variant(tmp_path / "v", config)
+    assert words in str(gguf.unsupported(variant))
+
+
+def test_a_window_counts_only_as_far_as_the_engine_goes(tmp_path):
+    variant = llama.variant(tmp_path / "v", llama.shape(sliding_window=100))
+    assert gguf.unsupported(variant, 100) is None
+    assert "(100), got 101" in str(gguf.unsupported(variant, 101))
+    assert "(100), got 256" in str(gguf.unsupported(variant, 4096))
+    assert gguf.write(variant, Dtype.float32, tmp_path / "v.gguf", text=False)["context"] == 100
+
+
+def test_an_lstm_and_an_unknown_architecture_are_refused_by_name(tmp_path):
+    variant = llama.variant(tmp_path / "v", llama.shape())
+    lstm = write_shape(LstmConfig(vocab_size=320), bos_id=0, eos_id=1, pad_id=2)
+    variant.__dict__["config"] = lstm
+    assert "no LSTM: model_type must be one of llama, mistral, qwen2, qwen3, gemma3_text, got 'hasten_lstm'" in str(
+        gguf.unsupported(variant)
+    )
+    variant.__dict__["config"] = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    assert "got 'mamba'" in str(gguf.unsupported(variant))
+
+
+def test_a_gemma_that_cannot_be_said_is_not_written(tmp_path):
+    variant = llama.variant(tmp_path / "v", llama.gemma("FS"))
+    with pytest.raises(UserError, match=r"cannot be written as GGUF.*every n-th layer"):
+        gguf.write(variant, Dtype.float32, tmp_path / "v.gguf", text=False)
+    assert not (tmp_path / "v.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("layers", "period"), [("SSS", 0), ("FFF", 1), ("SFSF", 2), ("SSFS", 3), ("SSSSSF", 6), ("FS", None), ("SFF", None)]
+)
+def test_the_period_of_global_layers(layers, period):
+    assert sliding_period(llama.gemma(layers)) == period
+
+
+def test_a_gemmas_norms_are_written_whole_and_carry_the_score_scale(tmp_path):
+    config = llama.gemma("SF", attention_scale=4**-0.5)  # twice what llama.cpp takes for heads 16 wide
+    variant = llama.variant(tmp_path / "v", config)
+    gguf.write(variant, Dtype.bfloat16, tmp_path / "v.gguf", text=False)
+    written, tensors = read(tmp_path / "v.gguf"), variant.tensors()
+    for name, source, factor in (
+        ("output_norm", "model.norm", 1),
+        ("blk.1.post_ffw_norm", "model.layers.1.post_feedforward_layernorm", 1),
+        ("blk.0.attn_k_norm", "model.layers.0.self_attn.k_norm", 1),
+        ("blk.0.attn_q_norm", "model.layers.0.self_attn.q_norm", 2),
+    ):
+        kind, values = written[f"{name}.weight"]
+        assert kind == "F32"
+        assert np.array_equal(values, (factor * (1 + tensors[f"{source}.weight"])).numpy())
+
+
+def test_biases_change_places_with_their_rows_and_stay_float32(tmp_path):
+    config = llama.shape(qkv_bias=True, output_bias=True)
+    variant = llama.variant(tmp_path / "v", config)
+    facts = gguf.write(variant, Dtype.float16, tmp_path / "v.gguf", text=False)
+    written, bias = read(tmp_path / "v.gguf"), variant.tensors()["model.layers.0.self_attn.q_proj.bias"]
+    kind, values = written["blk.0.attn_q.bias"]
+    assert kind == "F32"
+    assert values[:4].tolist() == [float(bias[i]) for i in (0, 8, 1, 9)]  # heads are 16 wide
+    assert facts["weight_bytes"] == sum(np.prod(v.shape) * (4 if k == "F32" else 2) for k, v in written.values())
 
 
 def test_a_grid_with_blocks_and_a_float_variant_are_supported(tmp_path):

@@ -1,12 +1,14 @@
 import json
+import urllib.request
 
 import pytest
 
 from hasten.artifacts import write_json
 from hasten.engine import gguf
 from hasten.engine.base import Dtype
-from hasten.engine.gguf_vocabulary import TokenType, id_vocabulary, read_vocabulary, splitting_rule
+from hasten.engine.gguf_vocabulary import TokenType, id_vocabulary, read_vocabulary, space_prefix, splitting_rule
 from hasten.errors import UserError
+from hasten.packaged.vocabulary import Piece, PieceType, write_tokenizer
 from tests.engine import llama
 
 BYTE_LEVEL = {"type": "ByteLevel", "use_regex": True}
@@ -70,11 +72,20 @@ def test_a_vocabulary_of_ids_has_no_special_token():
     assert vocabulary.specials == {}
 
 
+def ask(server, path, body):
+    """What an endpoint answers."""
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(server.listening_address + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
 def server(path):
     xllamacpp = pytest.importorskip("xllamacpp")
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
     parameters.n_ctx, parameters.verbosity, parameters.ui = 256, 0, False
+    parameters.hostnames, parameters.port = ["127.0.0.1"], 0
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     return xllamacpp.Server(parameters)
 
@@ -111,6 +122,74 @@ def test_a_sentencepiece_vocabulary_opens_in_stock_llamacpp(tmp_path):
     assert vocabulary.model == "llama"
     assert vocabulary.specials == {"bos": 1, "eos": 2, "padding": 2}
     assert vocabulary.types[:4] == [TokenType.unknown, TokenType.control, TokenType.control, TokenType.byte]
+    assert vocabulary.scores[texts.index("hi")] == 0
+    assert vocabulary.scores[texts.index("▁hi")] == -1
+    assert vocabulary.scores[texts.index("h")] == -2
     gguf.write(variant, Dtype.float32, tmp_path / "v.gguf")
     answer = server(tmp_path / "v.gguf").handle_completions({"prompt": "hi hi", "max_tokens": 1})
     assert answer["usage"]["prompt_tokens"] == 2  # "hi" and "▁hi"
+
+
+PIECES = {
+    PieceType.control: ["<pad>", "<eos>", "<bos>"],
+    PieceType.unknown: ["<unk>"],
+    PieceType.user_defined: ["\n", "\n\n", "\n\n\n", "  ", "   ", "<table>"],
+    PieceType.byte: [f"<0x{byte:02X}>" for byte in range(256)],
+    PieceType.normal: ["▁t", "he", "▁the", "aa", "aaa", "aaaa", "今天", "▁", *"theadn今天气e"],
+}
+TEXTS = [
+    "the the  the   the    the",
+    " then\n\n\n\n\nthe<table>a</table>",
+    "aaaaaaaaaaa aaa",
+    "今天天气 🙂 <bos> <0x0A>\t.",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A Gemma with a small vocabulary of Gemma's kind, and the GGUF file that is written of it."""
+    folder = tmp_path_factory.mktemp("gemma")
+    (folder / "tokenizer").mkdir()
+    pieces = [Piece(text, 0.0, kind) for kind, texts in PIECES.items() for text in dict.fromkeys(texts)]
+    pieces = [piece._replace(score=-float(i)) for i, piece in enumerate(pieces)]
+    write_tokenizer(folder / "tokenizer", pieces, {"pad": 0, "eos": 1, "bos": 2, "unk": 3})
+    config = llama.gemma("SF")
+    assert len(pieces) < config.vocab_size
+    variant = llama.variant(folder / "v", config)
+    gguf.write(variant, Dtype.float32, folder / "v.gguf")
+    return variant
+
+
+def test_a_gemma_vocabulary_is_read_as_it_was_made(gemma):
+    vocabulary = read_vocabulary(gemma.path, llama.VOCABULARY)
+    assert vocabulary.model == "llama"
+    assert vocabulary.specials == {"bos": 2, "eos": 1, "padding": 0, "unknown": 3}
+    assert vocabulary.tokens[4:10] == PIECES[PieceType.user_defined]  # with spaces as they stand in a text
+    assert [int(kind) for kind in vocabulary.types[:11]] == [3, 3, 3, 2, 4, 4, 4, 4, 4, 4, 6]
+    assert not vocabulary.space_prefix
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_stock_llamacpp_tokenises_and_spells_as_a_gemma_checkpoint_does(gemma, text):
+    from hasten.tokenizer.base import load_tokenizer
+
+    tokenizer = load_tokenizer(gemma.path)
+    ids = tokenizer.encode(text)
+    stock = server(gemma.path.with_name("v.gguf"))
+    assert ask(stock, "/tokenize", {"content": text, "parse_special": False})["tokens"] == ids
+    assert ask(stock, "/detokenize", {"tokens": ids})["content"] == tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prefix"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]}}, True),
+        ({"normalizer": {"type": "Replace"}}, False),
+        ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "first"}}, True),
+        ({"pre_tokenizer": {"type": "Metaspace", "prepend_scheme": "never"}}, False),
+        ({"normalizer": None, "pre_tokenizer": None}, False),
+    ],
+)
+def test_whether_a_text_begins_with_a_space_follows_the_tokenizer(tokenizer, prefix):
+    assert space_prefix(tokenizer) is prefix

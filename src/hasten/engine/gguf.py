@@ -8,19 +8,19 @@ Nothing is rounded: what llama.cpp multiplies with equals `hasten.model.grid.deq
 Layout of a block of 32: Q8_0 is `scale, q[0..31]` (34 bytes, 8.5 bits per weight); Q4_0 is `scale`
 and 16 bytes, byte i holding q[i] + 8 in its low and q[i + 16] + 8 in its high half (18 bytes, 4.5 bits).
 
-llama.cpp turns neighbouring pairs (2i, 2i + 1) of a head in RoPE where Hugging Face checkpoints turn
-(i, i + D/2), so the rows of the query and key matrices, integers and scales alike, change places.
+Which tensor goes where, and what llama.cpp computes otherwise, is in `hasten.engine.gguf_layout`. Where it turns other
+pairs of a head in RoPE, rows change places, integers and scales alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.artifacts import SCHEMA, Checkpoint, Json
 from hasten.engine.base import Dtype
+from hasten.engine.gguf_layout import ARCHITECTURES, Entry, architecture, describe, entries, refusal, usable_context
 from hasten.engine.gguf_vocabulary import Vocabulary, id_vocabulary, read_vocabulary
 from hasten.errors import UserError
 
@@ -33,18 +33,32 @@ if TYPE_CHECKING:
 
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache key: raise it when the same variant would be written as other bytes."""
 BLOCK = 32
 FLOATS = {Dtype.float32: "F32", Dtype.float16: "F16", Dtype.bfloat16: "BF16"}
 INTEGERS = {4: "Q4_0", 8: "Q8_0"}
 
 
-def unsupported(checkpoint: Checkpoint) -> str | None:
-    """Why no GGUF can hold this checkpoint as it is, or None. Reads only its JSON files."""
-    model_type = checkpoint.config.get("model_type")
-    if model_type != "llama":
-        return f"only models of type llama can be written as GGUF, this one is {model_type!r}"
+def unsupported(checkpoint: Checkpoint, max_context: int | None = None) -> str | None:
+    """Why no GGUF can hold this checkpoint as it is, or None. Reads only its JSON files.
+
+    max_context: tokens that will ever be attended to; None means as many as the model was made for.
+    """
+    from hasten.model.config import ModelConfig
+    from hasten.model.shape import read_shape
+
+    try:
+        shape = read_shape(checkpoint.config)
+    except UserError as error:
+        return str(error)
+    if not isinstance(shape, ModelConfig):
+        kind = checkpoint.config.get("model_type")
+        return f"llama.cpp has no LSTM: model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r}"
+    return refusal(shape, max_context) or _unsupported_grid(checkpoint)
+
+
+def _unsupported_grid(checkpoint: Checkpoint) -> str | None:
     grid = checkpoint.manifest.get("grid")
     if not grid:
         return None
@@ -86,39 +100,8 @@ def blocks(q: torch.Tensor, scale: torch.Tensor, bits: int) -> Bytes:
 
 
 def turn_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows (heads * D, ...) of a query or key matrix in llama.cpp's order: pair (i, i + D/2) side by side."""
+    """Rows (heads * D, ...) of a query or key matrix or bias in llama.cpp's order: pair (i, i + D/2) side by side."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor: its names in the checkpoint and in GGUF, its shape, and the heads whose pairs turn (0: none)."""
-
-    source: str
-    name: str
-    shape: tuple[int, ...]
-    heads: int = 0
-
-
-def entries(config: ModelConfig, *, head: bool) -> Iterator[Entry]:
-    """Every tensor of a Llama, in the order of the file. head: it has an output matrix of its own."""
-    width, hidden = config.head_width, config.hidden_size
-    query, key, inner = config.heads * width, config.kv_heads * width, config.feed_forward_size
-    yield Entry("model.embed_tokens", "token_embd", (config.vocab_size, hidden))
-    for i in range(config.layers):
-        source, name = f"model.layers.{i}", f"blk.{i}"
-        yield Entry(f"{source}.input_layernorm", f"{name}.attn_norm", (hidden,))
-        yield Entry(f"{source}.self_attn.q_proj", f"{name}.attn_q", (query, hidden), config.heads)
-        yield Entry(f"{source}.self_attn.k_proj", f"{name}.attn_k", (key, hidden), config.kv_heads)
-        yield Entry(f"{source}.self_attn.v_proj", f"{name}.attn_v", (key, hidden))
-        yield Entry(f"{source}.self_attn.o_proj", f"{name}.attn_output", (hidden, query))
-        yield Entry(f"{source}.post_attention_layernorm", f"{name}.ffn_norm", (hidden,))
-        yield Entry(f"{source}.mlp.gate_proj", f"{name}.ffn_gate", (inner, hidden))
-        yield Entry(f"{source}.mlp.up_proj", f"{name}.ffn_up", (inner, hidden))
-        yield Entry(f"{source}.mlp.down_proj", f"{name}.ffn_down", (hidden, inner))
-    yield Entry("model.norm", "output_norm", (hidden,))
-    if head:
-        yield Entry("lm_head", "output", (config.vocab_size, hidden))
 
 
 @dataclass(frozen=True)
@@ -130,8 +113,8 @@ class Encoder:
     weight_dtype: Dtype
 
     def kind(self, entry: Entry) -> str:
-        """The GGUF type of a tensor; norms stay float32."""
-        if f"{entry.source}.weight_packed" in self.tensors:
+        """The GGUF type of a tensor; norms and biases stay float32."""
+        if entry.part == "weight" and f"{entry.source}.weight_packed" in self.tensors:
             if self.grid is None:
                 raise UserError("the checkpoint stores integers but its manifest declares no grid")
             return INTEGERS[self.grid.bits]
@@ -148,11 +131,13 @@ class Encoder:
             if entry.heads:
                 q, scale = turn_pairs(q, entry.heads), turn_pairs(scale, entry.heads)
             return blocks(q, scale, self.grid.bits)
-        weight = self.tensors.get(f"{entry.source}.weight")
+        weight = self.tensors.get(f"{entry.source}.{entry.part}")
         if weight is None:
-            raise UserError(f"model.safetensors lacks {entry.source}.weight")
+            raise UserError(f"model.safetensors lacks {entry.source}.{entry.part}")
         self._check(entry, tuple(weight.shape), weight)
         weight = turn_pairs(weight, entry.heads) if entry.heads else weight
+        weight = weight.float() + 1 if entry.offset else weight
+        weight = weight.float() * entry.factor if entry.factor != 1 else weight
         return self._floats(entry, weight)
 
     def _check(self, entry: Entry, shape: tuple[int, ...], values: torch.Tensor) -> None:
@@ -177,9 +162,9 @@ class Encoder:
 def write(checkpoint: Checkpoint, weight_dtype: Dtype, path: Path, *, text: bool = True) -> Json:
     """Write `checkpoint` to `path` as GGUF; what a reader of the file wants to know without opening it.
 
-    weight_dtype: how floats are stored (norms stay float32). text: with the checkpoint's tokenizer, a file
-    for stock llama.cpp; otherwise every token is named by its id and none ends a text, a file that speaks
-    ids only. Raises `UserError` if the checkpoint is corrupt or of another family.
+    weight_dtype: how floats are stored (norms and biases stay float32). text: with the checkpoint's tokenizer, a file
+    for stock llama.cpp; otherwise every token is named by its id and none ends a text, a file that speaks ids only.
+    Raises `UserError` if the checkpoint is corrupt or one that llama.cpp does not compute.
     """
     import gguf
 
@@ -187,30 +172,47 @@ def write(checkpoint: Checkpoint, weight_dtype: Dtype, path: Path, *, text: bool
     from hasten.model.huggingface import grid_of
 
     config = from_huggingface(checkpoint.config)
+    if reason := refusal(config, usable_context(config)):
+        raise UserError(f"{checkpoint.path} cannot be written as GGUF: {reason}")
     size = config.vocab_size
     vocabulary = read_vocabulary(checkpoint.path, size) if text else id_vocabulary(size)
-    encoder = Encoder(checkpoint.tensors(), grid_of(checkpoint), weight_dtype)
+    encoder = Encoder({**checkpoint.tensors(), **rotary_divisors(config)}, grid_of(checkpoint), weight_dtype)
     # A tied head is the embedding, unless a method gave it integers of its own.
     head = not config.tied_head or "lm_head.weight_packed" in encoder.tensors
     plan = list(entries(config, head=head))
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture(config))
     try:
-        _describe(writer, config, format_name(checkpoint, weight_dtype))
+        describe(writer, config, format_name(checkpoint, weight_dtype))
         _tokenizer(writer, vocabulary)
         sizes = _write_tensors(writer, encoder, plan)
     finally:
         writer.close()
+    per_layer = 2 * config.kv_heads * config.head_width
+    embedding = sizes["token_embd.weight"]
     return {
         "schema": SCHEMA,
         "kind": "gguf",
         "format": format_name(checkpoint, weight_dtype),
         "weight_bytes": sum(sizes.values()),
         # At batch 1 every tensor is read whole for a token, but only one row of an embedding that is not also the head.
-        "weight_bytes_per_token": sum(sizes.values()) - (sizes["token_embd"] * (size - 1) // size if head else 0),
-        "kv_values_per_token": 2 * config.layers * config.kv_heads * config.head_width,
-        "context": config.context,
+        "weight_bytes_per_token": sum(sizes.values()) - (embedding * (size - 1) // size if head else 0),
+        "kv_values_per_token": per_layer * config.layers,
+        "sliding_values_per_token": per_layer * config.sliding_layers if architecture(config) == "gemma3" else 0,
+        "sliding_window": config.sliding_window,
+        "context": usable_context(config),
         "vocab_size": size,
     }
+
+
+def rotary_divisors(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """By what llama.cpp is to divide each rotary angle of a Llama 3, as a tensor; nothing for any other model."""
+    from hasten.model.config import RopeKind, RopeScaling
+    from hasten.model.decoder import frequencies
+
+    if config.rope_scaling.kind is not RopeKind.llama3:
+        return {}
+    plain = frequencies(config.head_width, config.rope_theta, RopeScaling())
+    return {"rope_freqs.weight": plain / frequencies(config.head_width, config.rope_theta, config.rope_scaling)}
 
 
 def _write_tensors(writer: Any, encoder: Encoder, plan: list[Entry]) -> dict[str, int]:
@@ -225,8 +227,9 @@ def _write_tensors(writer: Any, encoder: Encoder, plan: list[Entry]) -> dict[str
         per_block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         shape = (*entry.shape[:-1], entry.shape[-1] // per_block * block_bytes) if raw else entry.shape
         dtype = np.dtype(np.uint8 if raw else np.float32)
-        sizes[entry.name] = int(np.prod(shape)) * dtype.itemsize
-        writer.add_tensor_info(f"{entry.name}.weight", shape, dtype, sizes[entry.name], raw_dtype=kind)
+        name = f"{entry.name}.{entry.part}"
+        sizes[name] = int(np.prod(shape)) * dtype.itemsize
+        writer.add_tensor_info(name, shape, dtype, sizes[name], raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -235,38 +238,16 @@ def _write_tensors(writer: Any, encoder: Encoder, plan: list[Entry]) -> dict[str
     return sizes
 
 
-def _describe(writer: Any, config: ModelConfig, kind: str) -> None:
-    """The hyperparameters llama.cpp reads. No names or dates: the same variant gives the same bytes."""
-    import gguf
-
-    file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
-    writer.add_file_type(gguf.LlamaFileType[file_type])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.context)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.layers)
-    writer.add_feed_forward_length(config.feed_forward_size)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_width)
-    writer.add_value_length(config.head_width)
-    writer.add_rope_dimension_count(config.head_width)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.norm_epsilon)
-
-
 def _tokenizer(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types([int(kind) for kind in vocabulary.types])
-    if vocabulary.model == "llama":
-        # SentencePiece merges by score; the ids of a BPE vocabulary are in merge order.
-        writer.add_token_scores([-float(id_) for id_ in range(len(vocabulary.tokens))])
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
     if vocabulary.model == "gpt2":
         writer.add_token_merges(vocabulary.merges)
     for kind, id_ in vocabulary.specials.items():
         writer.add_uint32(f"tokenizer.ggml.{kind}_token_id", id_)
-    for flag in ("add_bos_token", "add_eos_token", "add_space_prefix"):
-        writer.add_bool(f"tokenizer.ggml.{flag}", False)
+    for flag, value in (("bos_token", False), ("eos_token", False), ("space_prefix", vocabulary.space_prefix)):
+        writer.add_bool(f"tokenizer.ggml.add_{flag}", value)

@@ -9,7 +9,7 @@ matches is looked up from the pre-tokenizer, `default` is written where none is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class Vocabulary:
     """model: `gpt2` (byte-level BPE), `llama` (SentencePiece) or `rwkv` (plain strings).
 
     pre: llama.cpp's splitting rule. tokens, types: one per row of the model's embedding. merges: `left
-    right`, best first. specials: ids of `bos`, `eos` and `padding`, those that exist.
+    right`, best first. specials: ids of `bos`, `eos`, `padding` and `unknown`, those that exist. scores: of
+    SentencePiece, one per token. space_prefix: whether a text begins as if a space came before it.
     """
 
     model: str
@@ -43,6 +44,8 @@ class Vocabulary:
     types: list[TokenType]
     merges: list[str]
     specials: dict[str, int]
+    scores: list[float] = field(default_factory=list)
+    space_prefix: bool = False
 
 
 def id_vocabulary(size: int) -> Vocabulary:
@@ -69,14 +72,40 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     if by_id and max(by_id) >= size:
         raise UserError(f"{path} holds token id {max(by_id)}, but the model's vocab_size is {size}")
     sentencepiece = bool(model.get("byte_fallback"))
+    types = [_type(id_, by_id, added, model.get("unk_token"), sentencepiece) for id_ in range(size)]
+    tokens = [by_id.get(id_, f"[unused {id_}]") for id_ in range(size)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return Vocabulary(
         model="llama" if sentencepiece else "gpt2",
         pre=splitting_rule(tokenizer.get("pre_tokenizer")),
-        tokens=[by_id.get(id_, f"[unused {id_}]") for id_ in range(size)],
-        types=[_type(id_, by_id, added, model.get("unk_token"), sentencepiece) for id_ in range(size)],
-        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        # llama.cpp looks for these in the text itself, before spaces become `▁`.
+        tokens=[
+            token.replace("▁", " ") if sentencepiece and kind is TokenType.user_defined else token
+            for token, kind in zip(tokens, types, strict=True)
+        ],
+        types=types,
+        merges=merges,
         specials=_special_ids(folder, {text: id_ for id_, text in by_id.items()}),
+        scores=_scores(tokens, merges) if sentencepiece else [],
+        space_prefix=sentencepiece and space_prefix(tokenizer),
     )
+
+
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """Higher for what is joined sooner: less the rank of the first merge that gives a token; the rest comes last."""
+    ranks: dict[str, int] = {}
+    for merge in merges:
+        ranks.setdefault(merge.replace(" ", "", 1), len(ranks))
+    return [-float(ranks.get(token, len(ranks))) for token in tokens]
+
+
+def space_prefix(tokenizer: Json) -> bool:
+    """Whether a `tokenizer.json` puts a `▁` before a text."""
+    normalizer = tokenizer.get("normalizer") or {}
+    if any(part.get("type") == "Prepend" for part in normalizer.get("normalizers", [normalizer])):
+        return True
+    parts = _flatten(tokenizer.get("pre_tokenizer"))
+    return any(part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never" for part in parts)
 
 
 def splitting_rule(pre_tokenizer: Json | None) -> str:
@@ -111,13 +140,13 @@ def _type(id_: int, by_id: dict[int, str], added: dict[int, Json], unknown: str 
 
 
 def _special_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
-    """bos, eos and pad: by name from `tokenizer_config.json`, else by id from `config.json`."""
+    """bos, eos, pad and unk: by name from `tokenizer_config.json`, else by id from `config.json`."""
     named = folder / "tokenizer_config.json"
     names = read_json(named) if named.is_file() else {}
     config = read_json(folder / "config.json")
     found = {
         name: _special_id(names.get(f"{kind}_token"), config.get(f"{kind}_token_id"), ids)
-        for name, kind in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"))
+        for name, kind in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk"))
     }
     return {name: id_ for name, id_ in found.items() if id_ is not None}
 

@@ -94,7 +94,7 @@ class Llamacpp(Engine):
         missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
         if missing:
             return Support(reason=f'{missing[0]} is not installed: pip install "hasten[cpu-engines]"')
-        if reason := gguf.unsupported(variant):
+        if reason := gguf.unsupported(variant, self.max_context):
             return Support(reason=reason)
         kind = gguf.format_name(variant, self.weights)
         if self.activation_dtype not in (Dtype.auto, *(d for d, name in gguf.FLOATS.items() if name == kind)):
@@ -160,12 +160,16 @@ class LlamacppSession(Session):
         best = next((name for name in INSTRUCTIONS if f"{name} = 1" in system), "scalar")
         self.kernel = f"{self.facts['format']} ({best})"
         self.weight_bytes_per_token = int(self.facts["weight_bytes_per_token"])
-        cells = engine.slots * -(-self.context // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
+        cells = _whole_steps(self.context)
         kv_bytes = 4 if engine.kv_cache is Dtype.float32 else 2
         self.kv_bytes_per_position = int(self.facts["kv_values_per_token"]) * kv_bytes
-        self._kv_cache_bytes = self.kv_bytes_per_position * cells
+        # A sliding layer keeps its window and what one computation adds to it.
+        near = min(cells, _whole_steps(int(self.facts["sliding_window"]) + engine.micro_batch))
+        sliding_bytes = int(self.facts["sliding_values_per_token"]) * kv_bytes
+        per_slot = (self.kv_bytes_per_position - sliding_bytes) * cells + sliding_bytes * near
+        self._kv_cache_bytes = engine.slots * per_slot
         self.arithmetic = arithmetic(self.facts["format"], system)
-        parameters = _parameters(engine, folder / "model.gguf", cells)
+        parameters = _parameters(engine, folder / "model.gguf", engine.slots * cells)
         start = time.perf_counter()
         try:
             self._server: Any = xllamacpp.Server(parameters)
@@ -288,6 +292,11 @@ class Stream(Iterator[Token]):
 
     def __del__(self) -> None:
         self._flight.cancelled = True
+
+
+def _whole_steps(tokens: int) -> int:
+    """How many tokens llama.cpp makes room for, to hold so many."""
+    return -(-tokens // CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE
 
 
 def _doubtful(logprobs: Json | None, count: int) -> bool:
