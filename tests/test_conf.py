@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import MISSING
 
 from hasten import stages
-from hasten.config import AXES, build, discover, register
+from hasten.config import AXES, build, discover, model_recipes, register
 from hasten.errors import UserError
 from hasten.model.config import ModelConfig
 from hasten.stages import Stage, check_name
@@ -27,8 +27,9 @@ GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 LIST_AXES = {"corpus", "task", "scenario"}
 ROOTS = {cls.__name__.lower(): cls for cls in vars(stages).values() if isinstance(cls, type) and issubclass(cls, Stage)}
 del ROOTS["stage"]
+SCHEMAS = {path.stem: yaml.safe_load(path.read_text())["defaults"][0] for path in (CONF / "model").glob("*.yaml")}
 COMPONENTS = {(axis, name): component for axis in AXES for name, component in discover(axis).items()} | {
-    ("model", path.stem): ModelConfig for path in (CONF / "model").glob("*.yaml")
+    ("model", name): model_recipes()[schema.removeprefix("base_")] for name, schema in SCHEMAS.items()
 }
 SELECTED = {*AXES, "model"}  # fields of a stage that another YAML fills in
 
@@ -76,7 +77,7 @@ def test_a_components_yaml_spells_out_every_option_and_no_other(axis_and_name: t
     axis, name = axis_and_name
     content = load(CONF / axis / f"{name}.yaml")
     defaults = content.pop("defaults")
-    base = "base_decoder" if axis == "model" else f"base_{name}"
+    base = SCHEMAS[name] if axis == "model" else f"base_{name}"
     assert defaults == [f"{base}@_here_" if axis in LIST_AXES else base, "_self_"]  # the schema first, to be checked
     assert content.keys() == fields(COMPONENTS[axis_and_name]).keys()
 
@@ -136,7 +137,7 @@ def test_every_choice_composes_into_its_component(axis_and_name: tuple[str, str]
 
 
 @pytest.mark.usefixtures("hydra_conf")
-@pytest.mark.parametrize("model", sorted(name for axis, name in COMPONENTS if axis == "model"))
+@pytest.mark.parametrize("model", sorted(key[1] for key, component in COMPONENTS.items() if component is ModelConfig))
 def test_every_size_is_the_one_its_comment_names(model: str) -> None:
     from hasten.model.cost import Cost
 
@@ -158,6 +159,7 @@ def test_a_plan_chooses_what_exists(name: str) -> None:
     chosen = {axis: plan[axis].split(",") for axis in ("corpus", "task", "scenario", "tokenizer", "model", "tuning")}
     assert {(axis, choice) for axis, choices in chosen.items() for choice in choices} <= COMPONENTS.keys()
     assert (ROOT / plan["data"]).exists()
+    assert (ROOT / plan["source"]).exists()
 
 
 @pytest.mark.parametrize("name", PLANS)
