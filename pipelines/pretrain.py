@@ -11,19 +11,21 @@ from hasten.stages import Pretrain
 @stage(Pretrain)
 def main(config: Pretrain) -> None:
     from hasten.artifacts import Tokens, digest
-    from hasten.importing.checkpoint import import_checkpoint
     from hasten.model.imported import Huggingface
-    from hasten.sources import resolve
     from hasten.tracking import track
-    from hasten.training.pretraining import pretrain
 
     model, tokenizer, target = config.model, config.folder / "tokenizer", config.folder / "checkpoints/base"
     if isinstance(model, Huggingface):
-        source = resolve(model.path, model.revision, model.accept_licence)
-        inputs = {"source": digest(source), "tokenizer": digest(tokenizer)}
+        from hasten.importing.checkpoint import fetch, import_checkpoint, source_digest
+
+        source = fetch(model)
+        inputs = {"source": source_digest(source), "tokenizer": digest(tokenizer)}
         with track("pretrain", config, inputs=inputs, record=config.record("pretrain")) as run:
             run.metrics(import_checkpoint(source, tokenizer, model, target))
         return
+
+    from hasten.training.pretraining import pretrain
+
     tokens = Tokens(config.folder / "tokens")
     inputs = {"tokens": tokens.hash, "tokenizer": digest(tokenizer)}
     with track("pretrain", config, inputs=inputs, record=config.record("pretrain")) as run:

@@ -23,6 +23,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return str(tmp_path / "snapshot")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: [])
     return asked
 
 
@@ -52,7 +53,13 @@ def test_neither_code_nor_pickles_are_fetched(hub: dict[str, Any]) -> None:
         assert wanted(name), name
     for name in ("chat_template.jinja", "tokenizer.model", "merges.txt", "license.txt", "Notice", "USE_POLICY.md"):
         assert wanted(name), name
-    for name in ("pytorch_model.bin", "modeling_own.py", "onnx/model.safetensors", "consolidated.safetensors"):
+    for name in (
+        "pytorch_model.bin",
+        "modeling_own.py",
+        "onnx/model.safetensors",
+        "consolidated.safetensors",
+        "LICENSE.bin",
+    ):
         assert not wanted(name), name
 
 
@@ -101,15 +108,22 @@ def test_a_revision_belongs_to_an_id(tmp_path: Path) -> None:
 
 
 def test_a_packaged_checkpoint_is_given_to_those_who_accept_its_licence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "gemma3-270m").mkdir()
+    (tmp_path / "gemma3-270m/LICENSE-gemma.html").write_text("terms")
     monkeypatch.setattr("hasten.packaged.checkpoint", lambda name: tmp_path / name)
     for given in ("", "mit", "Gemma"):
         with pytest.raises(UserError) as error:
             resolve("package:gemma3-270m", accept_licence=given, field="tokenizer")
         assert "Gemma Terms of Use (https://ai.google.dev/gemma/terms)" in str(error.value)
         assert f"tokenizer.accept_licence=gemma to accept them, got {given!r}" in str(error.value)
+    assert capsys.readouterr().err == ""
     assert resolve("package:gemma3-270m", accept_licence="gemma") == tmp_path / "gemma3-270m"
+    assert capsys.readouterr().err == (
+        "package:gemma3-270m: Gemma Terms of Use accepted (https://ai.google.dev/gemma/terms); with it came "
+        f"{tmp_path}/gemma3-270m/LICENSE-gemma.html\n"
+    )
 
 
 def test_a_package_that_is_not_known_is_refused_with_those_that_are() -> None:
@@ -122,6 +136,9 @@ def test_licence_files_are_known_by_how_their_names_begin(tmp_path: Path) -> Non
     for name in [*names, "README.md", "config.json"]:
         (tmp_path / name).write_text(name)
     (tmp_path / "LICENSES").mkdir()
+    for name in ("notice.safetensors", "LICENSE.bin", "license.py"):
+        (tmp_path / name).write_text("no licence")
+    (tmp_path / "LICENSE-large").write_bytes(b"x" * (2**20 + 1))
     assert [path.name for path in licence_files(tmp_path)] == sorted(names)
 
 
@@ -136,3 +153,25 @@ def test_a_licence_never_takes_the_place_of_another(tmp_path: Path) -> None:
         "LICENSE.tokenizer": "another",
         "NOTICE": "the same",
     }
+
+
+def test_a_file_is_never_taken_through_a_link_out_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    for folder in ("model", "snapshots/abc", "blobs", "target"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "blobs/1").write_text("terms")
+    (tmp_path / "model/terms.txt").write_text("terms")
+    (tmp_path / "model/NOTICE").symlink_to("terms.txt")
+    (tmp_path / "snapshots/abc/LICENSE").symlink_to("../../blobs/1")
+    copy_licences(tmp_path / "model", tmp_path / "target")
+    copy_licences(tmp_path / "snapshots/abc", tmp_path / "target")
+    assert {path.name: path.read_text() for path in (tmp_path / "target").iterdir()} == {
+        "LICENSE": "terms",
+        "NOTICE": "terms",
+    }
+    for folder, there in (("model", "../secret"), ("model", "../blobs/1"), ("snapshots/abc", "../../secret")):
+        (tmp_path / folder / "COPYING").symlink_to(there)
+        with pytest.raises(UserError, match="COPYING must be a file of its folder, got a link to"):
+            copy_licences(tmp_path / folder, tmp_path / "target")
+        (tmp_path / folder / "COPYING").unlink()
+    assert not (tmp_path / "target/COPYING").exists()

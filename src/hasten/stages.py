@@ -234,15 +234,15 @@ class Confirm(Stage, Limited):
     """Finalists against the reference.
 
     rounds: of fresh processes, before the first look at their spread. passes: turns there and back in each of them.
-    precision_percent: the half width of the speed-up's interval at which it is enough. time_budget_seconds: no further
-    round starts after it. together: whether a round's trials are loaded at the same time. Scenarios and their options
-    are those the trials were evaluated with.
+    precision_percent: the half width of the speed-up's interval at which it is enough. time_budget_seconds: for the
+    rounds, none starts after it; answering the test split comes before them. together: whether a round's trials are
+    loaded at the same time. Scenarios and their options are those the trials were evaluated with.
     """
 
     rounds: int = 6
     passes: int = 8
     precision_percent: float = 3.0
-    time_budget_seconds: float = 120.0
+    time_budget_seconds: float = 100.0
     together: Together = Together.auto
     timeout_seconds: float = 600.0
     memory_limit_gib: float = 0.0

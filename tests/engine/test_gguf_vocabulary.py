@@ -13,10 +13,20 @@ from tests.engine import llama
 
 BYTE_LEVEL = {"type": "ByteLevel", "use_regex": True}
 DIGITS = {"type": "Digits", "individual_digits": True}
+BYTES = {"type": "ByteLevel", "use_regex": False}
+LLAMA3 = (  # as Llama 3's tokenizer.json has it; Qwen 2's takes digits one by one
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2 = LLAMA3.replace("{1,3}", "")
 
 
 def sequence(*parts):
     return {"type": "Sequence", "pretokenizers": list(parts)}
+
+
+def split(regex, **changes):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False, **changes}
 
 
 @pytest.mark.parametrize(
@@ -25,8 +35,13 @@ def sequence(*parts):
         (BYTE_LEVEL, "gpt-2"),
         (sequence(DIGITS, BYTE_LEVEL), "smollm"),
         (sequence({"type": "Digits", "individual_digits": False}, BYTE_LEVEL), "default"),
-        (sequence({"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}{1,3}| ?"}}, BYTE_LEVEL), "llama-bpe"),
-        (sequence({"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}| ?"}}, BYTE_LEVEL), "qwen2"),
+        (sequence(split(LLAMA3), BYTES), "llama-bpe"),
+        (sequence(split(QWEN2), BYTES), "qwen2"),
+        (sequence(split(r"\p{L}+|\p{N}{1,3}| ?"), BYTES), "default"),
+        (sequence(split(LLAMA3.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+")), BYTES), "default"),
+        (sequence(split(LLAMA3, behavior="Removed"), BYTES), "default"),
+        (sequence(split(LLAMA3, pattern={"String": " "}), BYTES), "default"),
+        (sequence(split(LLAMA3), BYTE_LEVEL), "default"),
         (None, "default"),
     ],
 )

@@ -8,8 +8,9 @@ import pytest
 from hasten.artifacts import Json
 from hasten.evaluation.roofline import Work, decoding, nothing, phase, prefilling, roofline
 from hasten.model.config import ModelConfig
-from hasten.model.cost import Cost
-from tests.tiny import shape
+from hasten.model.cost import Cost, cost_of
+from hasten.model.layout import Format
+from tests.tiny import lstm_shape, shape
 
 CEILINGS: Json = {
     "read_bytes_per_second": [
@@ -71,6 +72,14 @@ def test_a_prefill_reads_the_weights_once_and_computes_logits_once() -> None:
     found = prefilling(work(), 128, 0.02, FLAT)
     assert found["bytes"] == 10_000_000 + 128_000
     assert found["flops"] == Cost(shape()).prefill_flops(128, logits=1)
+
+
+def test_a_prefill_of_an_lstm_reads_the_encoder_too_in_the_sessions_format() -> None:
+    cost = cost_of(lstm_shape())
+    held = Format.floats(2)
+    session = Work(lstm_shape(), cost.weight_bytes_per_token(held), 0, "bfloat16")
+    assert prefilling(session, 16, 0.02, FLAT)["bytes"] == cost.prefill_weight_bytes(held)
+    assert decoding(session, 16, 8, 0.02, FLAT)["bytes"] == cost.weight_bytes_per_token(held)
 
 
 @pytest.mark.parametrize(

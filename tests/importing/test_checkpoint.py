@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hasten.artifacts import Checkpoint, digest, read_json, write_json
 from hasten.compression.identity import Identity
 from hasten.compression.make import make_variant
 from hasten.errors import UserError
-from hasten.importing.checkpoint import import_checkpoint
+from hasten.importing.checkpoint import import_checkpoint, source_digest
 from hasten.model.huggingface import load_network, network_tensors, save_checkpoint
 from hasten.model.imported import Huggingface
 from tests.importing.arrivals import (
@@ -54,7 +55,7 @@ def test_every_family_arrives_whole(tmp_path: Path, name: str, shards: int) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_stay_in_the_type_they_came_in_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    base = bring(write_source(tmp_path / "source", dtype=dtype, dtype_of_config=None))
+    base = bring(write_source(tmp_path / "source", dtype=dtype))
     sent, received = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "base"))
     assert sent.keys() == received.keys()
     assert all(received[name].dtype == dtype and torch.equal(received[name], value) for name, value in sent.items())
@@ -98,7 +99,9 @@ def test_a_tied_head_that_is_stored_twice_is_kept_once_and_another_is_a_head_of_
     base = bring(tmp_path / "source")
     assert torch.equal(Checkpoint(base).tensors()["lm_head.weight"], head + 1)
     assert read_json(base / "config.json")["tie_word_embeddings"] is False
-    assert load_network(Checkpoint(base)).lm_head.weight is not None
+    with torch.inference_mode():
+        model = load_network(Checkpoint(base)).eval()
+        assert torch.equal(model(IDS), torch.nn.functional.linear(model.hidden(IDS), head + 1))
 
 
 def test_config_is_normalised_and_takes_the_tokenizers_ids(tmp_path: Path) -> None:
@@ -131,6 +134,13 @@ def test_the_licence_and_the_chat_template_travel_to_every_derivative(tmp_path: 
         assert (folder / "LICENSE.tokenizer").read_text() == "the tokenizer's terms"
         assert (folder / "Notice.txt").read_text() == "as they write it"
         assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_licence_that_is_a_link_to_elsewhere_is_refused(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    (tmp_path / "id_rsa").write_text("secret")
+    (source / "LICENSE").symlink_to("../id_rsa")
+    assert "LICENSE must be a file of its folder, got a link to" in refusal(source)
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -237,9 +247,56 @@ def test_a_tokenizer_that_is_not_the_checkpoints_is_refused(tmp_path: Path) -> N
     other = write_tokenizer(tmp_path / "other")
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace('"w98"', '"w0"').replace('"w97"', '"w98"'))
-    assert "must be the checkpoint's (tokenizer=imported with the same path), got one in which 'w98' is 97, not 98" in (
-        refusal(source, tokenizer=other)
-    )
+    words = "must be the checkpoint's (tokenizer=imported with the same path), got one in which"
+    assert f"{words} 'w98' is 97, not 98" in refusal(source, tokenizer=other)
+    (other / "tokenizer.json").write_text(text.replace('"w98"', '"elsewhere"'))
+    assert f"{words} 'elsewhere' is 98, not unknown" in refusal(source, tokenizer=other)
+
+
+def test_a_tokenizer_may_end_a_text_with_a_token_that_the_checkpoints_lacks(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    content = read_json(source / "tokenizer.json")
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] != 1]
+    del content["model"]["vocab"]["<|eos|>"]
+    write_json(source / "tokenizer.json", content)
+    assert Checkpoint(bring(source, tokenizer=tokenizer)).manifest["tokenizer_compared"] is True
+
+
+def test_the_manifest_says_where_no_tokenizer_could_be_compared(tmp_path: Path) -> None:
+    source, tokenizer = write_source(tmp_path / "source"), write_tokenizer(tmp_path / "tokenizer")
+    (source / "tokenizer.json").unlink()
+    assert Checkpoint(bring(source, tokenizer=tokenizer)).manifest["tokenizer_compared"] is False
+
+
+def test_what_a_killed_import_left_is_swept_away(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source")
+    for name in (".base.0123abcd", ".base.notes", ".other.0123abcd"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    bring(source)
+    assert sorted(leftovers(tmp_path)) == [".base.notes", ".other.0123abcd"]
+
+
+def test_only_what_is_read_counts(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", shards=2)
+    before = source_digest(source)
+    (source / ".git").mkdir()
+    (source / ".git/index").write_text("x")
+    (source / "optimizer.pt").write_text("x")
+    assert source_digest(source) == before
+    (source / "LICENSE").write_text("terms")
+    assert source_digest(source) != before
+
+
+def test_a_comparison_that_needs_more_memory_than_is_free_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_source(tmp_path / "source")
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(UserError, match=r"GB are free; model\.verify_tokens=0 imports it all the same"):
+        bring(source, Huggingface(verify_tokens=4))
+    bring(source)
 
 
 def test_a_source_that_is_no_folder_is_refused(tmp_path: Path) -> None:
@@ -273,11 +330,11 @@ def test_what_transformers_wrote_arrives(tmp_path: Path) -> None:
 
 def test_the_comparison_with_transformers_is_recorded(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source", shape(**SHAPES["gemma3_text"]))
-    facts = import_checkpoint(source, source, Huggingface(path="x", verify_tokens=20), tmp_path / "base")
+    facts = import_checkpoint(source, source, Huggingface(path=str(source), verify_tokens=20), tmp_path / "base")
     assert 0 <= facts["imported_logit_difference"] < 1e-4
     assert facts["imported_bytes"] == 4 * facts["imported_parameters"]
     manifest = read_json(tmp_path / "base" / "manifest.json")
     assert manifest["verified"] == {"against": "transformers", "tokens": 20, "tolerance": 1e-3}
-    assert manifest["source"] == {"path": "x", "revision": "", "model_type": "gemma3_text"}
+    assert manifest["source"] == {"model_type": "gemma3_text", "sha256": source_digest(source)}
     import_checkpoint(source, source, UNCHECKED, tmp_path / "base")
     assert "verified" not in read_json(tmp_path / "base" / "manifest.json")

@@ -77,7 +77,7 @@ def test_an_index_without_a_map_is_refused(sharded: Path, content: dict[str, obj
     assert "weight_map must name the file of each tensor" in refusal(sharded)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "weights.pth"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "weights.pth"])
 def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path, name: str) -> None:
     source = write_source(tmp_path / "source")
     (source / SINGLE).rename(source / name)
@@ -105,3 +105,23 @@ def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path, content: bytes
     source = write_source(tmp_path / "source")
     (source / SINGLE).write_bytes(content)
     assert refusal(source).startswith(f"{SINGLE} is not a readable safetensors file: ")
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    stored = stored_tensors(write_source(tmp_path / "source"))
+    monkeypatch.setattr("safetensors.safe_open", full)
+    with pytest.raises(UserError, match=f"{SINGLE} does not fit into the memory that is free"):
+        read_tensors(stored)
+
+
+def test_what_goes_wrong_elsewhere_keeps_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(value: object) -> None:
+        raise TypeError("a bug of ours")
+
+    stored = stored_tensors(write_source(tmp_path / "source"))
+    monkeypatch.setattr("torch.isfinite", broken)
+    with pytest.raises(TypeError, match="a bug of ours"):
+        read_tensors(stored)

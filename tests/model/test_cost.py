@@ -86,10 +86,9 @@ def test_parameters_are_those_of_the_decoder(changes: dict[str, Any]) -> None:
     assert cost.bias_parameters == sum(n for name, n in count.items() if name.endswith("bias"))
     block = {name: n for name, n in count.items() if name.startswith("model.layers.0.") and state[name].dim() == 2}
     assert cost.block_matrix_parameters == sum(block.values())
-    assert cost.embedding_parameters == count["model.embed_tokens.weight"]
-    row = 0 if config.tied_head else config.hidden_size
+    embedding = count["model.embed_tokens.weight"]
     others = sum(n for name, n in count.items() if "embed_tokens" not in name)
-    assert cost.parameters_per_token == others + (cost.embedding_parameters if config.tied_head else row)
+    assert cost.parameters_per_token == others + (embedding if config.tied_head else config.hidden_size)
 
 
 @pytest.mark.parametrize(
@@ -216,21 +215,21 @@ def test_float_weights_take_the_bytes_of_their_tensors(changes: dict[str, Any], 
     assert cost.weight_bytes(held) == size(tensors)
     unread = 0 if config.tied_head else embedding_row(config, tensors)
     assert cost.weight_bytes_per_token(held) == size(tensors) - unread == cost.parameters_per_token * dtype.itemsize
+    assert cost.prefill_weight_bytes(held) == size(tensors) - unread
 
 
 @EACH
-@pytest.mark.parametrize(("bits", "group_size", "head"), [(8, 32, True), (4, 32, True), (4, 16, False), (8, 0, True)])
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 32), (4, 32), (4, 16), (8, 0)])
 def test_quantised_weights_take_the_bytes_of_their_stored_tensors(
-    changes: dict[str, Any], bits: int, group_size: int, head: bool, tmp_path: Path
+    changes: dict[str, Any], bits: int, group_size: int, tmp_path: Path
 ) -> None:
     config = shape(**changes)
     parent = write_checkpoint(tmp_path / "parent", decoder(config))
-    made = Rtn(bits=bits, group_size=group_size, head=head).compress(parent, None, 0)
+    made = Rtn(bits=bits, group_size=group_size).compress(parent, None, 0)
     assert made.grid is not None
-    cost, held = Cost(config), Format.stored(made.grid, head=head)
+    cost, held = Cost(config), Format.stored(made.grid)
     assert cost.weight_bytes(held) == size(made.tensors)
-    unread = 0 if config.tied_head and not head else embedding_row(config, made.tensors)
-    assert cost.weight_bytes_per_token(held) == size(made.tensors) - unread
+    assert cost.weight_bytes_per_token(held) == size(made.tensors) - embedding_row(config, made.tensors)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -242,9 +241,8 @@ def test_a_matrix_takes_the_bytes_it_is_stored_and_packed_in(
     q = torch.zeros(rows, columns, dtype=torch.int8)
     scale = torch.ones(rows, grid.groups(columns))
     assert Format.stored(grid).matrices.bytes_of(matrix) == size(stored("m", q, scale, grid))
-    assert Format.packed(grid).matrices.bytes_of(matrix) == rows * columns * bits // 8 + scale.numel() * 2
-    if group_size and group_size % 32 == 0:
-        assert Format.blocks(grid).matrices.bytes_of(matrix) == gguf.blocks(q, scale, bits).nbytes
+    packed = gguf.blocks(q, scale, bits).nbytes if group_size in (32, 64) else q.numel() * bits // 8 + 2 * scale.numel()
+    assert Format.packed(grid).matrices.bytes_of(matrix) == packed
     assert Format.stored(grid).matrices.bytes_of(Matrix(rows, columns, 7)) == 7 * size(stored("m", q, scale, grid))
 
 
@@ -256,7 +254,7 @@ def test_weights_that_llama_cpp_reads_are_those_of_its_file(tied_head: bool, bit
     if bits:
         made = Rtn(bits=bits).compress(checkpoint, None, 0)
         assert made.grid is not None
-        held, grid = Format.blocks(made.grid), made.grid.describe()
+        held, grid = Format.packed(made.grid), made.grid.describe()
         checkpoint = write_checkpoint(tmp_path / "made", decoder(config), tensors=made.tensors, grid=grid)
     facts = gguf.write(checkpoint, Dtype.float32, tmp_path / "model.gguf", text=False)
     assert Cost(config).weight_bytes_per_token(held) == facts["weight_bytes_per_token"]

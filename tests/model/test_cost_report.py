@@ -4,21 +4,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hasten import sources
 from hasten.artifacts import Json, write_json
 from hasten.ceilings import read_rate, record_path
 from hasten.errors import UserError
 from hasten.hardware import cpu_count, machine
 from hasten.model import cost_report
 from hasten.model.config_json import to_huggingface
-from hasten.model.cost import Cost
+from hasten.model.cost import Cost, cost_of
 from hasten.model.cost_report import Floor, floor, floors, main, rate_of, si
 from hasten.model.grid import Grid
 from hasten.model.layout import Format
 from tests.study import CEILINGS
-from tests.tiny import shape
+from tests.tiny import lstm_shape, shape
 
 ROOT = Path(__file__).parents[2]
 RECORD: Json = {**CEILINGS, "schema": 1, "device": "cpu", "threads": cpu_count(), "attempts": 1, "versions": {}}
@@ -72,15 +74,24 @@ def test_a_recurrent_network_has_a_state_that_does_not_grow(folder: Path, capsys
     assert "state of 512 tokens │ 1.02 kB" in shown
 
 
-def test_a_checkpoint_that_would_be_imported_is_counted_by_its_config(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+def test_a_checkpoint_that_would_be_imported_is_counted_by_its_config_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = shape(sliding_window=8, tied_head=False)
+    asked: list[Any] = []
+
+    def watched(*arguments: str, wanted: sources.Wanted) -> Path:
+        asked.append((*arguments, wanted))
+        return resolve(*arguments, wanted=wanted)
+
+    resolve = sources.resolve
+    monkeypatch.setattr(sources, "resolve", watched)
     (folder / "theirs").mkdir()
     write_json(folder / "theirs/config.json", to_huggingface(config, bos_id=0, eos_id=1, pad_id=2))
     shown = printed(capsys, "model=huggingface", "model.path=theirs")
     assert f"{Cost(config).parameters:,}" in shown
     assert "state of 64 tokens │ 8.19 kB, the last reads 1.02 kB" in shown
+    assert asked == [("theirs", "", "", sources.Wanted.config)]
 
 
 def test_every_format_has_its_floors() -> None:
@@ -89,9 +100,27 @@ def test_every_format_has_its_floors() -> None:
     assert notes[0].startswith("int8 and int4: 32 weights share a scale of 16 bits")
     columns = [list(column.cells) for column in table.columns]
     assert columns[0] == ["float32", "bfloat16", "int8", "int4"]
+    disk = [cost.weight_bytes(held) for held in (Format.floats(4), Format.floats(2), Format.stored(Grid(8, 32)))]
+    assert columns[1][:3] == [si(size, "B") for size in disk]
     read = cost.weight_bytes_per_token(Format.packed(Grid(4, 32))) + cost.kv_bytes_read(64)
-    assert columns[2][3] == f"{round(read_rate(RECORD, read) / read):,}"
-    assert columns[3] == ["memory"] * 4
+    assert columns[3][3] == f"{round(read_rate(RECORD, read) / read):,}"
+    assert columns[4] == ["memory"] * 4
+
+
+def test_groups_that_llama_cpp_splits_are_counted_as_it_reads_them() -> None:
+    cost = Cost(shape(hidden_size=64, feed_forward_size=128))
+    narrow, wide = floors(cost, 64, 32, FAST), floors(cost, 64, 64, FAST)
+    assert list(wide[0].columns[2].cells) == list(narrow[0].columns[2].cells)
+    assert "(32 on disk), repeated every 32 as llama.cpp does, " in wide[1][0]
+    assert "repeated" not in narrow[1][0]
+
+
+def test_the_prefill_of_an_lstm_reads_its_encoder_too() -> None:
+    cost = cost_of(lstm_shape())
+    table, _ = floors(cost, 16, 32, FAST)
+    read = cost.prefill_weight_bytes() + cost.kv_bytes(16)
+    assert next(iter(table.columns[5].cells)) == si(read / read_rate(FAST, read), "s")
+    assert read > cost.weight_bytes_per_token() + cost.kv_bytes(16)
 
 
 def test_the_longer_of_reading_and_computing_binds() -> None:
@@ -99,7 +128,7 @@ def test_the_longer_of_reading_and_computing_binds() -> None:
     assert floor(2**20, 10**6, 1e6, RECORD) == Floor(1.0, "compute")
     assert floor(2**20, 10**6, None, RECORD) == Floor(2**20 / 1.8e11, None)
     table, _ = floors(Cost(shape()), 64, 32, SLOW)
-    assert list(table.columns[5].cells) == ["compute"] * 4
+    assert list(table.columns[6].cells) == ["compute"] * 4
 
 
 def test_where_a_format_has_no_rate_that_of_float32_stands_in_and_it_is_said() -> None:
@@ -109,7 +138,7 @@ def test_where_a_format_has_no_rate_that_of_float32_stands_in_and_it_is_said() -
     rate, note = rate_of("int8", nothing)
     assert (rate, note) == (None, "int8: no ceiling is known for int8; what arithmetic takes is left out.")
     table, _ = floors(Cost(shape()), 64, 32, nothing)
-    assert list(table.columns[3].cells) == ["?"] * 4
+    assert list(table.columns[4].cells) == ["?"] * 4
 
 
 def test_a_grid_that_does_not_fit_the_model_leaves_its_row_empty_and_says_why() -> None:

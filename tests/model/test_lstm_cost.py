@@ -92,8 +92,7 @@ def test_the_state_is_the_same_at_every_position_and_as_allocated() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group_size", [0, 16])
-@pytest.mark.parametrize("head", [True, False])
-def test_bytes_are_those_of_the_tensors_on_disk(tmp_path: Path, bits: int, group_size: int, head: bool) -> None:
+def test_bytes_are_those_of_the_tensors_on_disk(tmp_path: Path, bits: int, group_size: int) -> None:
     def stored(folder: Path) -> int:
         tensors = load_file(folder / "model.safetensors").values()
         return sum(value.numel() * value.element_size() for value in tensors)
@@ -101,9 +100,18 @@ def test_bytes_are_those_of_the_tensors_on_disk(tmp_path: Path, bits: int, group
     parent = write_variant(tmp_path / "baseline", lstm())
     cost = cost_of(lstm_shape())
     assert cost.weight_bytes() == stored(parent.path)
-    options = {"bits": bits, "group_size": group_size, "head": head}
-    child, _ = make_variant(Rtn(**options), parent, None, name="q", target=tmp_path / "q", seed=0)
-    assert cost.weight_bytes(Format.stored(Grid(bits, group_size), head=head)) == stored(child.path)
+    method = Rtn(bits=bits, group_size=group_size)
+    child, _ = make_variant(method, parent, None, name="q", target=tmp_path / "q", seed=0)
+    assert cost.weight_bytes(Format.stored(Grid(bits, group_size))) == stored(child.path)
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_a_prefill_reads_the_encoder_too(changes: dict[str, Any]) -> None:
+    config = lstm_shape(**changes)
+    cost, sizes = cost_of(config), {name: value.nbytes for name, value in Lstm(config).named_parameters()}
+    encoder = sum(size for name, size in sizes.items() if ".encoder." in name)
+    assert cost.prefill_weight_bytes() - cost.weight_bytes_per_token() == encoder > 0
+    assert config.tied_head is (cost.prefill_weight_bytes() == sum(sizes.values()))
 
 
 def test_the_size_is_the_one_its_comment_names() -> None:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hasten.artifacts import read_json, write_json
+from hasten.artifacts import digest, read_json, write_json
 from hasten.errors import UserError
 from hasten.tokenizer.base import Tokenizer, TrainingText, load_tokenizer
 from hasten.tokenizer.imported import Imported
@@ -81,12 +81,28 @@ def test_a_path_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_the_chat_template_and_the_licence_come_along(tmp_path: Path, source: Path) -> None:
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "LICENSE").write_text("terms")
+    (source / "tokenizer.model").write_bytes(b"pieces")
     config = read_json(source / "tokenizer_config.json")
     write_json(source / "tokenizer_config.json", {**config, "chat_template": "{{ bos_token }}"})
     build(tmp_path, Imported(path=str(source)))
     assert (tmp_path / "imported" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (tmp_path / "imported" / "LICENSE").read_text() == "terms"
+    assert (tmp_path / "imported" / "tokenizer.model").read_bytes() == b"pieces"
     assert read_json(tmp_path / "imported" / "tokenizer_config.json")["chat_template"] == "{{ bos_token }}"
+
+
+def test_what_is_copied_must_lie_in_the_folder(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    (source / "chat_template.jinja").symlink_to("../secret")
+    with pytest.raises(UserError, match=r"chat_template\.jinja must be a file of its folder"):
+        build(tmp_path, Imported(path=str(source)))
+
+
+def test_the_manifest_names_no_local_path(tmp_path: Path, source: Path) -> None:
+    build(tmp_path, Imported(path=str(source), eos="</s>"))
+    manifest = read_json(tmp_path / "imported" / "manifest.json")
+    assert manifest["source"] == {"sha256": digest(source / "tokenizer.json")}
+    assert manifest["options"] == {"accept_licence": "", "bos": "", "eos": "</s>", "pad": ""}
 
 
 def test_of_several_end_tokens_the_first_is_the_one(tmp_path: Path, source: Path) -> None:
@@ -106,10 +122,12 @@ def test_an_added_token_that_the_model_cannot_embed_is_left_out(tmp_path: Path, 
     """As Gemma 3's <image_soft_token> is given out with models that only read."""
     add_token(source, "<image>")
     write_json(source / "config.json", {"vocab_size": 5})
+    (source / "tokenizer.model").write_bytes(b"with <image>")
     tokenizer = build(tmp_path, Imported(path=str(source)))
     assert tokenizer.vocab_size == 5
     assert tokenizer.encode("hello world") == [2, 3]
     assert read_json(tmp_path / "imported" / "manifest.json")["dropped"] == ["<image>"]
+    assert not (tmp_path / "imported" / "tokenizer.model").exists()
 
 
 def test_what_is_needed_or_can_be_embedded_is_kept(tmp_path: Path, source: Path) -> None:

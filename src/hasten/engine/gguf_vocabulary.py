@@ -17,6 +17,14 @@ from typing import Any
 from hasten.artifacts import Json, read_json
 from hasten.errors import UserError
 
+PATTERNS = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+}
+"""The patterns that Llama 3 and Qwen 2 were published with, and llama.cpp's names for them."""
+
 
 class TokenType(IntEnum):
     """llama.cpp's kinds of token."""
@@ -116,10 +124,11 @@ def splitting_rule(pre_tokenizer: Json | None) -> str:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits") and parts[1].get("use_regex", True):
         return "smollm"
-    pattern = str(parts[0].get("pattern", {}).get("Regex", "")) if kinds == ["Split", "ByteLevel"] else ""
-    if r"\p{N}{1,3}" in pattern:
-        return "llama-bpe"
-    return "qwen2" if r"|\p{N}|" in pattern else "default"
+    if kinds == ["Split", "ByteLevel"] and not parts[1].get("use_regex", True):
+        for regex, rule in PATTERNS.items():
+            if parts[0] == {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}:
+                return rule
+    return "default"
 
 
 def _flatten(pre_tokenizer: Json | None) -> list[Json]:

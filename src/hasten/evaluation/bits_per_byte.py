@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 LONGEST_WINDOW = 2048
 """Tokens per window at most, also for models meant for more: attention's cost grows with the square."""
 TENSOR_VALUES = 2**20
-"""Values in the largest tensors of a batch (4 MiB each): they stay in a core's cache, also with a large vocabulary."""
+"""Values in the largest tensors of a batch (4 MiB each): they stay in a core's cache."""
+LEAST_ROWS = 64
+"""Positions whose logits exist at the same time, also with a vocabulary for which that is more: the head is read anew
+for each such group."""
 
 
 @dataclass
@@ -230,7 +233,7 @@ def _bits(model: Network, sequences: Sequence[Sequence[int]], batch: Sequence[Wi
         part = torch.tensor(sequences[window.row][window.start : window.start + window.length + 1])
         ids[i, : window.length], targets[i, : window.length] = part[:-1], part[1:]
         wanted[i, window.skip : window.length] = True
-    rows = max(1, TENSOR_VALUES // model.config.vocab_size)
+    rows = max(LEAST_ROWS, TENSOR_VALUES // model.config.vocab_size)
     with torch.inference_mode():
         hidden = model.hidden(ids, torch.tensor([window.skip + 1 for window in batch]))
         states = hidden[wanted].split(rows)  # (n, hidden) each: the logits of a whole batch are too large

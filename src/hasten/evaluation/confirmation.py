@@ -58,15 +58,14 @@ def confirm(
 
     jobs: by trial, with the scenarios as in `evaluate`. rounds: of the first stage. passes: turns there and back per
     round. precision: the half width of the speed-up's interval that further rounds aim at, as a share (0.03 = 3%).
-    budget_seconds: no round begins that would probably end after it; one always runs. limits: for every process, and
-    their memory for all of a round's together. Raises `UserError` if a trial has no job.
+    budget_seconds: for the rounds; none begins that would probably end after it, one always runs. limits: for every
+    process, and their memory for all of a round's together. Raises `UserError` if a trial has no job.
     """
     _check(rounds, passes, precision, budget_seconds)
     trials = {name: _trials(entry) for name, entry in finalists["scenarios"].items()}
     for trial in trials_of(finalists):
         if trial not in jobs:
             raise UserError(f"finalists must name trials of this plan {sorted(jobs)}, got {trial!r}")
-    start = clock()
     outcomes: dict[str, Outcome] = {}
     rows: list[Row] = []
     for trial in trials_of(finalists):
@@ -74,6 +73,7 @@ def confirm(
         rows += [{"trial": trial, **row} for row in outcomes[trial].predictions]
 
     scenarios: Json = {}
+    start = clock()
     for index, (name, names) in enumerate(trials.items()):
         left = budget_seconds - (clock() - start)
         deadline = clock() + left / (len(trials) - index)

@@ -53,6 +53,13 @@ class Work:
     def cost(self) -> NetworkCost | None:
         return cost_of(self.config) if self.config else None
 
+    @property
+    def prefill_weight_bytes(self) -> float:
+        """What a prefill reads of the weights, in the session's format: an LSTM's encoder too, which no token reads."""
+        cost = self.cost
+        more = cost.prefill_weight_bytes() / cost.weight_bytes_per_token() if cost else 1
+        return self.weight_bytes_per_token * more
+
     def kv_bytes(self, tokens: int) -> float:
         """The state that a prompt of that many tokens leaves."""
         cost = self.cost
@@ -133,7 +140,7 @@ def decoding(work: Work, prompt_tokens: int, output_tokens: int, tpot_seconds: f
 
 def prefilling(work: Work, prompt_tokens: int, ttft_seconds: float, ceilings: Json) -> Json:
     """A whole prompt up to its first token: every weight read once for all its tokens, logits for the last alone."""
-    read = work.weight_bytes_per_token + work.kv_bytes(prompt_tokens)
+    read = work.prefill_weight_bytes + work.kv_bytes(prompt_tokens)
     cost = work.cost
     flops = cost.prefill_flops(prompt_tokens, logits=1) if cost else None
     return phase("prefill", read, flops, ttft_seconds, work.arithmetic, ceilings)

@@ -1,33 +1,60 @@
 """A Hugging Face checkpoint to the plan's base model.
 
-What arrives is checked in the order of its cost: config.json, the weights' headers, the plan's tokenizer, the values,
-then (`verify_tokens`) the logits against transformers'. What is written is one directory in the form that every stage
-reads: config.json with each field that its family leaves to a default, one safetensors file with the tensors bit for
-bit in the type they came in, the plan's tokenizer, the licence of where it came from. The directory appears at once,
-when all is well, or not at all.
+What arrives is checked in the order of its cost: config.json (from the Hub it alone is fetched first), the weights'
+headers, the plan's tokenizer, the values, then (`verify_tokens`) what it computes against transformers. What is written
+is one directory in the form that every stage reads: config.json with each field that its family leaves to a default,
+one safetensors file with the tensors bit for bit in the type they came in, the plan's tokenizer, the licence of where
+it came from. The directory appears at once, when all is well, or not at all.
 
     python pipelines/pretrain.py plan=mine model=huggingface model.path=path/to/checkpoint
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.artifacts import Json, read_json, replacing
+from hasten.artifacts import Json, digest, read_json, replacing
 from hasten.errors import UserError, one_sentence
-from hasten.importing.fit import EMBEDDING, HEAD, check_config, fitting_shape, untied
-from hasten.importing.verify import TOLERANCE, logit_difference
+from hasten.importing.fit import EMBEDDING, HEAD, check_config, fitting_shape
+from hasten.importing.verify import TOLERANCE, check_memory, logit_difference
 from hasten.importing.weights import read_tensors, stored_tensors
 from hasten.model.config import ModelConfig
 from hasten.model.imported import Huggingface
 from hasten.model.shape import write_shape
-from hasten.sources import copy_licences
+from hasten.sources import README, WEIGHTS, Wanted, commit_of, copy_licences, is_hub, licence_files, origin, resolve
 from hasten.tokenizer.base import Tokenizer, load_tokenizer, read_backend
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def fetch(recipe: Huggingface) -> Path:
+    """The folder that holds the checkpoint. From the Hub, weights are fetched only if its config.json is covered."""
+    folder = resolve(recipe.path, recipe.revision, recipe.accept_licence, wanted=Wanted.config)
+    if not is_hub(recipe.path):
+        return folder
+    with one_sentence(recipe.path):
+        _read_config(folder)
+    return resolve(recipe.path, commit_of(folder) or recipe.revision, recipe.accept_licence)
+
+
+def source_digest(source: Path) -> str:
+    """sha256 (hex) of the files that an import reads, by name; others may lie beside them."""
+    with one_sentence(source):
+        _read_config(source)
+        beside = ("config.json", "generation_config.json", "tokenizer.json", README, WEIGHTS[1])
+        paths = {source / name for name in beside if (source / name).is_file()} | set(licence_files(source))
+        paths |= {one.path for one in stored_tensors(source).values()}
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        total.update(f"{path.name}\0{digest(path)}\n".encode())
+    return total.hexdigest()
 
 
 def import_checkpoint(source: Path, tokenizer: Path, recipe: Huggingface, target: Path) -> dict[str, float]:
@@ -38,20 +65,25 @@ def import_checkpoint(source: Path, tokenizer: Path, recipe: Huggingface, target
     """
     from hasten.model.huggingface import save_checkpoint
 
+    _sweep(target)
     with one_sentence(source):
         config = _read_config(source)
         stored = stored_tensors(source)
         shape = fitting_shape(config, stored)
         reader = load_tokenizer(tokenizer)
-        _check_tokenizer(source, reader, shape)
+        compared = _check_tokenizer(source, reader, shape)
+        if recipe.verify_tokens:
+            check_memory(stored, shape.vocab_size, recipe.verify_tokens)
         shape, tensors = _untie(shape, read_tensors(stored))
         written = write_shape(shape, bos_id=reader.bos_id, eos_id=reader.eos_id, pad_id=reader.pad_id)
         written["eos_token_id"] = _end_ids(source, config, reader.eos_id, shape.vocab_size)
         _check_finite(written)
+        known = origin(recipe.path, recipe.revision, source)
         manifest: Json = {
             "kind": "checkpoint",
             "stage": "pretrain",
-            "source": {"path": recipe.path, "revision": recipe.revision, "model_type": config["model_type"]},
+            "source": {**known, "model_type": config["model_type"], "sha256": source_digest(source)},
+            "tokenizer_compared": compared,
             "grid": None,
         }
         facts = {
@@ -60,14 +92,21 @@ def import_checkpoint(source: Path, tokenizer: Path, recipe: Huggingface, target
         }
         with replacing(target) as folder:
             if recipe.verify_tokens:
-                compared = {"tokens": recipe.verify_tokens, "tolerance": TOLERANCE}
-                manifest["verified"] = {"against": "transformers", **compared}
+                terms = {"tokens": recipe.verify_tokens, "tolerance": TOLERANCE}
+                manifest["verified"] = {"against": "transformers", **terms}
             save_checkpoint(folder, written, tensors, tokenizer, manifest)
             copy_licences(source, folder)
             if recipe.verify_tokens:
                 del tensors
                 facts["imported_logit_difference"] = logit_difference(source, folder, recipe.verify_tokens)
     return facts
+
+
+def _sweep(target: Path) -> None:
+    """Remove what an import that was killed left beside `target`: each is as large as the model (see `replacing`)."""
+    for path in target.parent.glob(f".{target.name}.*"):
+        if re.fullmatch(r"[0-9a-f]{8}", path.suffix.removeprefix(".")):
+            shutil.rmtree(path)
 
 
 def _read_config(source: Path) -> Json:
@@ -79,22 +118,28 @@ def _read_config(source: Path) -> Json:
     return config
 
 
-def _check_tokenizer(source: Path, reader: Tokenizer, shape: ModelConfig) -> None:
-    """Raises `UserError` if the plan's tokenizer cannot be the one this model was trained with."""
+def _check_tokenizer(source: Path, reader: Tokenizer, shape: ModelConfig) -> bool:
+    """Whether there was a tokenizer to compare with.
+
+    Raises `UserError` if the plan's tokenizer cannot be the one this model was trained with. It may lack tokens, and
+    begin, end or pad with one more.
+    """
     if reader.vocab_size > shape.vocab_size:
         raise UserError(
             f"the plan's tokenizer must fit the embedding ({shape.vocab_size} rows), got ids up to "
             f"{reader.vocab_size - 1}"
         )
     if not (source / "tokenizer.json").is_file():
-        return
+        return False
     own = read_backend(source / "tokenizer.json").get_vocab(with_added_tokens=True)
-    for token, number in reader.backend.get_vocab(with_added_tokens=True).items():
-        if own.get(token, number) != number:
+    free = {reader.bos_id, reader.eos_id, reader.pad_id} - set(own.values())
+    for number, token in sorted((n, t) for t, n in reader.backend.get_vocab(with_added_tokens=True).items()):
+        if own.get(token) != number and not (token not in own and number in free):
             raise UserError(
                 f"the plan's tokenizer must be the checkpoint's (tokenizer=imported with the same path), got one in "
-                f"which {token!r} is {number}, not {own[token]}"
+                f"which {token!r} is {number}, not {own.get(token, 'unknown')}"
             )
+    return True
 
 
 def _untie(shape: ModelConfig, tensors: dict[str, Tensor]) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -106,7 +151,7 @@ def _untie(shape: ModelConfig, tensors: dict[str, Tensor]) -> tuple[ModelConfig,
     head, embedding = tensors[HEAD], tensors[EMBEDDING]
     if head.dtype == embedding.dtype and torch.equal(head, embedding):
         return shape, {name: value for name, value in tensors.items() if name != HEAD}
-    return untied(shape), tensors
+    return replace(shape, tied_head=False), tensors
 
 
 def _end_ids(source: Path, config: Json, eos_id: int, vocab_size: int) -> int | list[int]:

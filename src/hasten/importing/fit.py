@@ -1,8 +1,6 @@
-"""Whether a checkpoint's tensors are those its `config.json` asks for, by arithmetic: nothing is built or allocated."""
+"""Whether a checkpoint's tensors are those its `config.json` asks for: names and shapes, before any value is read."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 from hasten.artifacts import Json
 from hasten.errors import UserError
@@ -34,10 +32,10 @@ def check_config(config: Json) -> None:
 def fitting_shape(config: Json, stored: dict[str, Stored]) -> ModelConfig:
     """The shape in `config.json`. Raises `UserError` if the tensors are not those of that shape.
 
-    A head that is stored although it is tied counts as tied here; `checkpoint.untie` looks at its values.
+    A head that is stored although it is tied counts as tied here: whether it differs, only its values say.
     """
     layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(stored):  # before a list as long as that is made of it
+    if isinstance(layers, int) and layers > len(stored):  # before as many are built
         raise UserError(f"config.json: num_hidden_layers is {layers}, the weights hold {len(stored)} tensors in all")
     shape = from_huggingface(config)
     expected = expected_shapes(shape)
@@ -55,44 +53,17 @@ def fitting_shape(config: Json, stored: dict[str, Stored]) -> ModelConfig:
 
 
 def expected_shapes(config: ModelConfig) -> Shapes:
-    """Every tensor of a checkpoint with that shape; a tied head is stored once."""
-    found: Shapes = {EMBEDDING: (config.vocab_size, config.hidden_size), "model.norm.weight": (config.hidden_size,)}
-    if not config.tied_head:
-        found[HEAD] = found[EMBEDDING]
-    block = _block_shapes(config)
-    for layer in range(config.layers):
-        found |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-    return found
+    """Every tensor of a checkpoint with that shape; a tied head is stored once. Nothing is allocated."""
+    import torch
 
+    from hasten.model.decoder import Decoder
 
-def _block_shapes(config: ModelConfig) -> Shapes:
-    hidden, inner, width = config.hidden_size, config.feed_forward_size, config.head_width
-    queries, keys = config.heads * width, config.kv_heads * width
-    projections = {
-        "self_attn.q_proj": (queries, hidden, config.qkv_bias),
-        "self_attn.k_proj": (keys, hidden, config.qkv_bias),
-        "self_attn.v_proj": (keys, hidden, config.qkv_bias),
-        "self_attn.o_proj": (hidden, queries, config.output_bias),
-        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
-        "mlp.up_proj": (inner, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, inner, config.mlp_bias),
-    }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if config.head_norm:
-        norms |= {"self_attn.q_norm": width, "self_attn.k_norm": width}
-    if config.post_norms:
-        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
-    found: Shapes = {f"{name}.weight": (size,) for name, size in norms.items()}
-    for name, (out, into, bias) in projections.items():
-        found[f"{name}.weight"] = (out, into)
-        if bias:
-            found[f"{name}.bias"] = (out,)
-    return found
-
-
-def untied(shape: ModelConfig) -> ModelConfig:
-    """The same shape with a head of its own."""
-    return replace(shape, tied_head=False)
+    try:
+        with torch.device("meta"):
+            held = Decoder(config).state_dict()
+    except RuntimeError as error:  # more bytes than 64 bits can count
+        raise UserError(f"config.json asks for tensors of an impossible size: {error}") from None
+    return {name: tuple(value.shape) for name, value in held.items() if name != HEAD or not config.tied_head}
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

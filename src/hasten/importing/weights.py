@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.artifacts import read_json
 from hasten.errors import UserError
+from hasten.sources import WEIGHTS, only_pickles
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+SINGLE, INDEX = WEIGHTS
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BUFFERS = ("rotary_emb.inv_freq",)
 """Endings of what old checkpoints store although it follows from config.json."""
@@ -56,7 +56,7 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 def read_header(path: Path) -> dict[str, Stored]:
     """What one safetensors file declares. Raises `UserError` if it is missing or corrupt."""
-    with _opened(path) as file:
+    with _opened(path) as file, _explained(path):
         names = list(file.keys())
         slices = {name: file.get_slice(name) for name in names}
         return {name: Stored(path, name, one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
@@ -71,23 +71,28 @@ def read_tensors(stored: dict[str, Stored]) -> dict[str, Tensor]:
         with _opened(path) as file:
             for name, one in stored.items():
                 if one.path == path:
-                    tensors[name] = file.get_tensor(one.key)
+                    with _explained(path):
+                        tensors[name] = file.get_tensor(one.key)
                     if not torch.isfinite(tensors[name]).all():
                         raise UserError(f"{path.name}: tensor {name} holds NaN or infinite values")
     return tensors
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; whatever is wrong with it becomes a `UserError`."""
+def _opened(path: Path) -> Any:
     from safetensors import safe_open
 
+    with _explained(path):
+        return safe_open(path, framework="pt")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever the library says of a file becomes a `UserError`; a lack of memory is no fault of the file."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except UserError:
-        raise
+        yield
     except Exception as error:  # the library's own, the system's and torch's
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UserError(f"{path.name} does not fit into the memory that is free") from None
         raise UserError(f"{path.name} is not a readable safetensors file: {error}") from None
 
 
@@ -120,13 +125,8 @@ def _full_name(name: str, names: Iterable[str]) -> str:
 
 
 def _no_weights(folder: Path) -> UserError:
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if not pickles:
-        return UserError(f"it has neither {SINGLE} nor {INDEX}")
-    return UserError(
-        f"{shown(pickles)} would run code when opened, only safetensors are read; convert it where you trust it: "
-        f"AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR) of transformers"
-    )
+    reason = only_pickles(path.name for path in folder.iterdir())
+    return UserError(reason or f"it has neither {SINGLE} nor {INDEX}")
 
 
 def shown(names: Iterable[str], most: int = 3) -> str:

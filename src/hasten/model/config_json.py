@@ -1,6 +1,6 @@
 """A decoder's shape as Hugging Face's `config.json`, and back. It needs no torch.
 
-What is written opens in transformers 4 and 5, vLLM and llama.cpp's converter; what is read may come from any of them.
+What is written has the fields of transformers 4, which 5 opens too; what is read may be of either.
 A field that is absent means what the family's own implementation takes it to mean; one that would change the
 arithmetic in a way this decoder does not compute is refused by name.
 """

@@ -102,21 +102,22 @@ class NetworkCost(ABC):
 
     def weight_bytes(self, held: Format = FLOAT32) -> int:
         """Every weight in a format. Raises `UserError` if its groups do not divide a matrix."""
-        embedding = 0 if self._shared(held) else held.embedding.bytes_of(self.embedding)
-        return self._bytes(held, self.matrices, self.vector_parameters) + embedding
+        return self._bytes(held, self.matrices, self.vector_parameters, self.embedding.rows)
 
     def weight_bytes_per_token(self, held: Format = FLOAT32) -> int:
         """What decoding one token reads of them. Raises `UserError` if the format's groups do not divide a matrix."""
-        row = 0 if self._shared(held) else held.embedding.bytes_of(Matrix(1, self.embedding.columns))
-        return self._bytes(held, self.decoding_matrices, self.decoding_vectors) + row
+        return self._bytes(held, self.decoding_matrices, self.decoding_vectors, 1)
 
-    def _bytes(self, held: Format, matrices: list[Matrix], vectors: int) -> int:
-        inner = sum(held.matrices.bytes_of(matrix) for matrix in matrices)
-        return inner + held.head.bytes_of(self.head) + vectors * held.vector_bytes
+    def prefill_weight_bytes(self, held: Format = FLOAT32) -> int:
+        """What a prefill reads, once for all its tokens: every weight, of an embedding of its own one row."""
+        return self._bytes(held, self.matrices, self.vector_parameters, 1)
 
-    def _shared(self, held: Format) -> bool:
-        """Whether the head is the embedding, also in memory."""
-        return bool(self.config.tied_head) and not held.head.quantised
+    def _bytes(self, held: Format, matrices: list[Matrix], vectors: int, rows: int) -> int:
+        """rows: how many of the embedding, where it is not the head."""
+        inner = sum(held.matrices.bytes_of(matrix) for matrix in (*matrices, self.head)) + vectors * held.vector_bytes
+        if self.config.tied_head and not held.matrices.quantised:
+            return inner
+        return inner + held.embedding.bytes_of(Matrix(rows, self.embedding.columns))
 
 
 @dataclass(frozen=True)
@@ -166,11 +167,6 @@ class Cost(NetworkCost):
         c = self.config
         attention = (c.heads + 2 * c.kv_heads) * c.head_width * c.qkv_bias + c.hidden_size * c.output_bias
         return c.layers * (attention + (2 * c.feed_forward_size + c.hidden_size) * c.mlp_bias)
-
-    @property
-    def embedding_parameters(self) -> int:
-        """One matrix of vocabulary x hidden."""
-        return self.embedding.weights
 
     def attended(self, positions: int) -> int:
         """How many of `positions` the last one attends to, summed over the layers: a sliding one sees its window."""

@@ -2,7 +2,7 @@
 
     python -m hasten.model.cost model=1b
     python -m hasten.model.cost model=tiny model.vocab_size=8192 model.layers=12 prompt_tokens=256
-    python -m hasten.model.cost model=huggingface model.path=DIR
+    python -m hasten.model.cost model=huggingface model.path=DIR_OR_ID    # reads its config.json alone
 
 The floor of a time is max(bytes / bandwidth, FLOPs / rate) (`hasten.model.cost`); bandwidth, at the working set of the
 phase, and rate are those measured on this machine (`hasten.ceilings`). No engine decodes faster than that; how
@@ -26,7 +26,7 @@ from hasten.errors import UserError
 from hasten.hardware import cores, cpu_count, machine
 from hasten.model.cost import NetworkCost, cost_of
 from hasten.model.imported import Huggingface
-from hasten.model.layout import Format
+from hasten.model.layout import BLOCK, Format
 from hasten.model.recipe import ModelRecipe
 from hasten.model.shape import Shape, read_shape
 
@@ -99,9 +99,10 @@ def composed(arguments: list[str]) -> CostOptions:
 def shape_of(recipe: ModelRecipe) -> Shape:
     """The shape that would be trained, or that of the checkpoint that would be imported."""
     if isinstance(recipe, Huggingface):
-        from hasten.sources import resolve
+        from hasten.sources import Wanted, resolve
 
-        return read_shape(read_json(resolve(recipe.path, recipe.revision, recipe.accept_licence) / "config.json"))
+        source = resolve(recipe.path, recipe.revision, recipe.accept_licence, wanted=Wanted.config)
+        return read_shape(read_json(source / "config.json"))
     assert isinstance(recipe, Shape)
     if not recipe.vocab_size:
         raise UserError("model.vocab_size must be given here (0 stands for a tokenizer's), such as 8192, got 0")
@@ -171,32 +172,35 @@ def floors(cost: NetworkCost, prompt: int, group_size: int, found: Json) -> tupl
 
     from hasten.model.grid import Grid
 
-    kinds: dict[str, Format] = {
-        "float32": Format.floats(4),
-        "bfloat16": Format.floats(2),
-        "int8": Format.packed(Grid(8, group_size)),
-        "int4": Format.packed(Grid(4, group_size)),
+    grids = {"int8": Grid(8, group_size), "int4": Grid(4, group_size)}
+    kinds: dict[str, tuple[Format, Format]] = {  # on disk, and as engines read it
+        "float32": (Format.floats(4), Format.floats(4)),
+        "bfloat16": (Format.floats(2), Format.floats(2)),
+        **{kind: (Format.stored(grid), Format.packed(grid)) for kind, grid in grids.items()},
     }
-    headers = ["weights", "bytes per token", "tokens/s", "bound by", "prefill", "bound by"]
+    headers = ["weights", "on disk", "bytes/token", "tokens/s", "bound by", "prefill", "bound by"]
     title = f"At best on this machine: decoding token {prompt:,}, and a prefill of {prompt:,} tokens"
     table = Table(*headers, title=title, title_justify="left")
     sharing = f"{group_size} weights share" if group_size else "a row shares"
-    notes = [f"int8 and int4: {sharing} a scale of 16 bits, the head is quantised too, activations are int8."]
-    for kind, held in kinds.items():
+    repeated = f", repeated every {BLOCK} as llama.cpp does" if group_size > BLOCK and group_size % BLOCK == 0 else ""
+    scale = f"a scale of 16 bits (32 on disk){repeated}"
+    notes = [f"int8 and int4: {sharing} {scale}, the head is quantised too, activations are int8."]
+    for kind, (stored, held) in kinds.items():
         try:
-            weights = cost.weight_bytes_per_token(held)
+            on_disk, weights = cost.weight_bytes(stored), cost.weight_bytes_per_token(held)
         except UserError as error:
-            table.add_row(kind, *["-"] * 5)
+            table.add_row(kind, *["-"] * 6)
             notes.append(f"{kind}: {error}.")
             continue
         wanted = "int8" if kind.startswith("int") else kind
         rate, note = rate_of(wanted, found)
         notes += [note] if note and note not in notes else []
         decode = floor(weights + cost.kv_bytes_read(prompt, KV_BYTES), cost.decode_flops(prompt), rate, found)
-        prefill = floor(weights + cost.kv_bytes(prompt, KV_BYTES), cost.prefill_flops(prompt, logits=1), rate, found)
+        prefill_bytes = cost.prefill_weight_bytes(held) + cost.kv_bytes(prompt, KV_BYTES)
+        prefill = floor(prefill_bytes, cost.prefill_flops(prompt, logits=1), rate, found)
         speed = f"{round(1 / decode.seconds):,}" if decode.seconds < 0.01 else f"{1 / decode.seconds:.3g}"
         phases = (speed, decode.bound or "?", si(prefill.seconds, "s"), prefill.bound or "?")
-        table.add_row(kind, si(weights, "B"), *phases)
+        table.add_row(kind, si(on_disk, "B"), si(weights, "B"), *phases)
     return table, notes
 
 

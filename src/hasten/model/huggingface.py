@@ -1,8 +1,8 @@
 """Checkpoints in and out: our networks as Hugging Face directories.
 
-What is written opens in transformers (`AutoModelForCausalLM.from_pretrained`), vLLM and llama.cpp's
-converter: `config.json`, `generation_config.json`, `model.safetensors`, the tokenizer's files, the
-licence of whatever it was made from. (An LSTM opens here alone: no library has that architecture.)
+What is written opens in transformers (`AutoModelForCausalLM.from_pretrained`): `config.json`,
+`generation_config.json`, `model.safetensors`, the tokenizer's files, the licence of whatever it was made from.
+(An LSTM opens here alone: no library has that architecture.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from hasten.model.network import Network
 from hasten.model.shape import build, read_shape
 from hasten.sources import licence_files
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -35,22 +41,23 @@ def grid_of(checkpoint: Checkpoint) -> Grid | None:
 def load_network(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Network:
     """The network of a checkpoint, integers dequantised. Raises `UserError` if tensors and config disagree."""
     config = read_shape(checkpoint.config)
-    tensors = floats(checkpoint.tensors(), grid_of(checkpoint))
+    stored = floats(checkpoint.tensors(), grid_of(checkpoint))
+    for name, value in stored.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{checkpoint.path}: tensor {name} holds NaN or infinite values")
+    tensors = {name: value.to(dtype) for name, value in stored.items()}
     with torch.device("meta"):
         model = build(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tied_head:
-        tensors = {**tensors, "lm_head.weight": tensors.get(EMBEDDING, torch.empty(0))}
+        tensors["lm_head.weight"] = tensors.get(EMBEDDING, torch.empty(0))
     problems = sorted(name for name in expected.keys() ^ tensors.keys()) or sorted(
         name for name, shape in expected.items() if tuple(tensors[name].shape) != shape
     )
     if problems:
         shown = ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise UserError(f"{checkpoint.path}: tensors do not fit config.json: {shown}")
-    for name, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise UserError(f"{checkpoint.path}: tensor {name} holds NaN or infinite values")
-    model.load_state_dict({name: value.to(dtype) for name, value in tensors.items()}, assign=True)
+    model.load_state_dict(tensors, assign=True)
     if config.tied_head:
         model.lm_head.weight = model.get_parameter(EMBEDDING)
     return model

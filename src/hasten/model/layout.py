@@ -2,8 +2,8 @@
 
 A quantised matrix is integers and scales. On disk (`hasten.model.grid.stored`) rows of integers fill 32-bit words and
 scales are float32; engines pack the same integers behind 16-bit scales, llama.cpp in blocks of 32 (34 bytes in Q8_0,
-18 in Q4_0), others with one scale per group. Embeddings, norms and biases stay float. A tied head that is quantised
-is a matrix of its own beside the embedding.
+18 in Q4_0), others with one scale per group. Embeddings, norms and biases stay float32. The head is quantised too, and
+then a matrix of its own beside the embedding, tied or not.
 """
 
 from __future__ import annotations
@@ -65,13 +65,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class Format:
-    """How a whole model is held. head: of the output matrix; a float head that is tied is the embedding.
+    """How a whole model is held. matrices: the head too; a tied one is the embedding, unless it is quantised.
 
     vector_bytes: of one element of a norm or a bias.
     """
 
     matrices: Layout
-    head: Layout
     embedding: Layout
     vector_bytes: int = 4
 
@@ -79,27 +78,18 @@ class Format:
     def floats(cls, element_bytes: int = 4) -> Format:
         """Everything in one float type."""
         layout = Layout(8 * element_bytes)
-        return cls(layout, layout, layout, element_bytes)
+        return cls(layout, layout, element_bytes)
 
     @classmethod
-    def stored(cls, grid: Grid, *, head: bool = True, element_bytes: int = 4) -> Format:
-        """As a quantised checkpoint is stored: 32-bit words, float32 scales, each matrix's shape as two int64.
+    def stored(cls, grid: Grid) -> Format:
+        """As a quantised checkpoint is stored: 32-bit words, float32 scales, each matrix's shape as two int64."""
+        return cls(Layout(grid.bits, 4, grid.group_size, word_bytes=4, matrix_bytes=16), Layout(32))
 
-        head: whether the output matrix is quantised too. element_bytes: of what stays float.
+    @classmethod
+    def packed(cls, grid: Grid) -> Format:
+        """As an engine reads a grid that it runs natively: integers without gaps, scales of 16 bits.
+
+        Groups of a multiple of 32 are read as llama.cpp's Q8_0 or Q4_0: a scale is repeated in every block of 32.
         """
-        return cls._of(Layout(grid.bits, 4, grid.group_size, word_bytes=4, matrix_bytes=16), head, element_bytes, 4)
-
-    @classmethod
-    def packed(cls, grid: Grid, *, head: bool = True, element_bytes: int = 4, scale_bytes: int = 2) -> Format:
-        """As an engine reads a grid that it runs natively: integers without gaps, one scale for each group."""
-        return cls._of(Layout(grid.bits, scale_bytes, grid.group_size), head, element_bytes, 4)
-
-    @classmethod
-    def blocks(cls, grid: Grid, *, head: bool = True, element_bytes: int = 4) -> Format:
-        """As llama.cpp reads it, Q8_0 or Q4_0: wider groups repeat their scale in every block of 32."""
-        return cls._of(Layout(grid.bits, 2, BLOCK), head, element_bytes, 4)
-
-    @classmethod
-    def _of(cls, layout: Layout, head: bool, element_bytes: int, vector_bytes: int) -> Format:
-        plain = Layout(8 * element_bytes)
-        return cls(layout, layout if head else plain, plain, vector_bytes)
+        group = BLOCK if grid.group_size and grid.group_size % BLOCK == 0 else grid.group_size
+        return cls(Layout(grid.bits, 2, group), Layout(32))

@@ -2,9 +2,9 @@
 
 Every token passes one of the two stacks: the encoder reads the prompt, the decoder everything from the prompt's last
 token on, so a sequence of T tokens makes T + 1 steps of either shape whatever its prompt. Decoding one token reads
-the decoder and the head alone, and a state of constant size. The roofline is a floor that prefill stays well above:
-its bytes and FLOPs are counted as for any network, but each step waits for the one before and reads the matrices
-again (from the processor's cache, if they fit).
+the decoder, the head and a state of constant size; a prefill reads the encoder besides. The roofline is a floor that
+prefill stays well above: every weight is counted once for all tokens, as for any network, but each step waits for the
+one before and reads the encoder's matrices again (from the processor's cache, if they fit).
 """
 
 from __future__ import annotations

@@ -6,14 +6,13 @@ Its chat template and its licence files come along.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hasten.artifacts import Json, digest, read_json
 from hasten.errors import UserError, one_sentence
-from hasten.sources import copy_licences, resolve
+from hasten.sources import Wanted, copy_licences, origin, resolve, take
 from hasten.tokenizer.base import (
     ROLES,
     TokenizerRecipe,
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 # Entries that would make a reader fetch or run something that is not in the folder.
 _DROPPED = ("auto_map", "name_or_path", "added_tokens_decoder")
-TEMPLATE = "chat_template.jinja"
+COPIED = ("chat_template.jinja", "tokenizer.model")
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Imported(TokenizerRecipe):
     pad: str = ""
 
     def build(self, text: TrainingText, folder: Path) -> None:
-        path = resolve(self.path, self.revision, self.accept_licence, field="tokenizer")
+        path = resolve(self.path, self.revision, self.accept_licence, field="tokenizer", wanted=Wanted.tokenizer)
         file, home = (path / "tokenizer.json", path) if path.is_dir() else (path, path.parent)
         with one_sentence(path):
             tokens, config = self._tokens(home), self._config(home)
@@ -61,11 +60,14 @@ class Imported(TokenizerRecipe):
                     raise UserError(f"tokenizer.{role} must be in the vocabulary of {file}, got {token!r}")
             if not tokens["eos"]:
                 raise UserError(f"tokenizer.eos must be given, because {home} names no end-of-text token")
-            facts = {"method": "imported", "options": asdict(self), "source": digest(file), "dropped": dropped}
+            options = {name: value for name, value in asdict(self).items() if name not in ("path", "revision")}
+            source = {**origin(self.path, self.revision, path), "sha256": digest(file)}
+            facts = {"method": "imported", "options": options, "source": source, "dropped": dropped}
             write_tokenizer(folder, backend, tokens, config, facts)
-        if (home / TEMPLATE).is_file():
-            shutil.copyfile(home / TEMPLATE, folder / TEMPLATE)
-        copy_licences(home, folder)
+            for name in COPIED:
+                if (home / name).is_file() and not (name == "tokenizer.model" and dropped):  # it would have them still
+                    take(home / name, folder / name)
+            copy_licences(home, folder)
 
     def _tokens(self, home: Path) -> dict[str, str | None]:
         found = special_tokens(home)
