@@ -8,7 +8,7 @@ from hasten.engine import gguf
 from hasten.engine.base import Dtype
 from hasten.engine.gguf_vocabulary import TokenType, id_vocabulary, read_vocabulary, space_prefix, splitting_rule
 from hasten.errors import UserError
-from hasten.packaged.vocabulary import Piece, PieceType, write_tokenizer
+from hasten.packaged.vocabulary import Piece, TokenType, write_tokenizer
 from tests.engine import llama
 
 BYTE_LEVEL = {"type": "ByteLevel", "use_regex": True}
@@ -146,11 +146,11 @@ def test_a_sentencepiece_vocabulary_opens_in_stock_llamacpp(tmp_path):
 
 
 PIECES = {
-    PieceType.control: ["<pad>", "<eos>", "<bos>"],
-    PieceType.unknown: ["<unk>"],
-    PieceType.user_defined: ["\n", "\n\n", "\n\n\n", "  ", "   ", "<table>"],
-    PieceType.byte: [f"<0x{byte:02X}>" for byte in range(256)],
-    PieceType.normal: ["▁t", "he", "▁the", "aa", "aaa", "aaaa", "今天", "▁", *"theadn今天气e"],
+    TokenType.control: ["<pad>", "<eos>", "<bos>"],
+    TokenType.unknown: ["<unk>"],
+    TokenType.user_defined: ["\n", "\n\n", "\n\n\n", "  ", "   ", "<table>"],
+    TokenType.byte: [f"<0x{byte:02X}>" for byte in range(256)],
+    TokenType.normal: ["▁t", "he", "▁the", "aa", "aaa", "aaaa", "今天", "▁", *"theadn今天气e"],
 }
 TEXTS = [
     "the the  the   the    the",
@@ -180,7 +180,7 @@ def test_a_gemma_vocabulary_is_read_as_it_was_made(gemma):
     vocabulary = read_vocabulary(gemma.path, llama.VOCABULARY)
     assert vocabulary.model == "llama"
     assert vocabulary.specials == {"bos": 2, "eos": 1, "padding": 0, "unknown": 3}
-    assert vocabulary.tokens[4:10] == PIECES[PieceType.user_defined]  # with spaces as they stand in a text
+    assert vocabulary.tokens[4:10] == PIECES[TokenType.user_defined]  # with spaces as they stand in a text
     assert [int(kind) for kind in vocabulary.types[:11]] == [3, 3, 3, 2, 4, 4, 4, 4, 4, 4, 6]
     assert not vocabulary.space_prefix
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -24,13 +24,8 @@ pytest.importorskip("xllamacpp")
 EXACT = {"threads": 1, "weight_dtype": Dtype.float32, "kv_cache_dtype": Dtype.float32, "max_context": 256}
 
 
-@contextmanager
 def session(variant, cache, **options):
-    loaded = Llamacpp(**{**EXACT, **options}).load(variant, cache)
-    try:
-        yield loaded
-    finally:
-        loaded.close()
+    return closing(Llamacpp(**{**EXACT, **options}).load(variant, cache))
 
 
 def ids(stream):

@@ -1,7 +1,7 @@
 """Every covered family through llama.cpp against our own network, float32 weights, arithmetic and KV cache."""
 
 import json
-from contextlib import contextmanager
+from contextlib import closing
 
 import pytest
 import torch
@@ -53,13 +53,8 @@ CASES = {
 ONE_EACH = ("llama-biases", "mistral", "qwen2", "qwen3", "gemma3")
 
 
-@contextmanager
 def session(variant, cache, **options):
-    loaded = Llamacpp(**{**EXACT, **options}).load(variant, cache)
-    try:
-        yield loaded
-    finally:
-        loaded.close()
+    return closing(Llamacpp(**{**EXACT, **options}).load(variant, cache))
 
 
 def prompt(length, seed=0):

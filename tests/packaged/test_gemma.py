@@ -10,7 +10,7 @@ from hasten.errors import UserError
 from hasten.model.config_json import from_huggingface
 from hasten.model.grid import Grid, floats
 from hasten.packaged.gemma import unpack
-from hasten.packaged.vocabulary import Piece, PieceType, merges, write_tokenizer
+from hasten.packaged.vocabulary import Piece, TokenType, merges, write_tokenizer
 from tests.engine import llama
 
 pytest.importorskip("gguf")
@@ -24,7 +24,7 @@ def pieces():
     texts = [("<pad>", 3), ("<eos>", 3), ("<bos>", 3), ("<unk>", 2), ("\n", 4), ("  ", 4)]
     texts += [(text, 1) for text in normal]
     texts += [(f"<0x{byte:02X}>", 6) for byte in range(256)]
-    return [Piece(text, -float(i), PieceType(kind)) for i, (text, kind) in enumerate(texts)]
+    return [Piece(text, -float(i), TokenType(kind)) for i, (text, kind) in enumerate(texts)]
 
 
 def written(folder, tensors=None, grid=None, **changes):

@@ -10,12 +10,12 @@ matches is looked up from the pre-tokenizer, `default` is written where none is 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 from hasten.artifacts import Json, read_json
 from hasten.errors import UserError
+from hasten.packaged.vocabulary import TokenType
 
 PATTERNS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -24,17 +24,6 @@ PATTERNS = {
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
 }
 """The patterns that Llama 3 and Qwen 2 were published with, and llama.cpp's names for them."""
-
-
-class TokenType(IntEnum):
-    """llama.cpp's kinds of token."""
-
-    normal = 1
-    unknown = 2
-    control = 3
-    user_defined = 4
-    unused = 5
-    byte = 6
 
 
 @dataclass(frozen=True)

@@ -256,14 +256,10 @@ class Decoder(Network):
     """
 
     config: ModelConfig
+    model: Stack
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Stack(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tied_head:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        super().__init__(config, Stack(config))
 
     def initialise(self, seed: int) -> None:
         """Random weights for training from scratch.

@@ -8,7 +8,7 @@ group of 32 is llama.cpp's Q4_0 block, an 8-bit group of 32 its Q8_0 block.
 On disk this is the open compressed-tensors layout, format `pack-quantized`
 (https://github.com/neuralmagic/compressed-tensors): per matrix `<name>.weight_packed` (int32,
 little-endian fields, integers shifted to unsigned), `<name>.weight_scale` (out, groups) and
-`<name>.weight_shape`; transformers and vLLM read it.
+`<name>.weight_shape`; transformers reads it.
 """
 
 from __future__ import annotations

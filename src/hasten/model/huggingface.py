@@ -58,8 +58,7 @@ def load_network(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
         shown = ", ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise UserError(f"{checkpoint.path}: tensors do not fit config.json: {shown}")
     model.load_state_dict(tensors, assign=True)
-    if config.tied_head:
-        model.lm_head.weight = model.get_parameter(EMBEDDING)
+    model.tie()
     return model
 
 

@@ -164,14 +164,10 @@ class Lstm(Network):
 
     predicts_prompt = False
     config: LstmConfig
+    model: Stack
 
     def __init__(self, config: LstmConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Stack(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tied_head:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        super().__init__(config, Stack(config))
 
     def initialise(self, seed: int) -> None:
         """Random weights for training from scratch.

@@ -29,10 +29,23 @@ class Network(nn.Module, ABC):
     """ids (B, T) -> logits (B, T, vocabulary), float32."""
 
     config: Any
-    """Its shape: a `ModelConfig` or an `LstmConfig`; both have `vocab_size`, `context`, `tied_head` and `widest`."""
+    """Its shape: a `ModelConfig` or an `LstmConfig`; both have `vocab_size`, `hidden_size`, `context`, `tied_head`,
+    `widest`."""
     lm_head: nn.Linear
     predicts_prompt: ClassVar[bool] = True
     """Whether `hidden` also means something within a prompt of several tokens; an encoder-decoder only reads it."""
+
+    def __init__(self, config: Any, stack: nn.Module) -> None:
+        """stack: everything below the head, with the token embeddings as `embed_tokens`."""
+        super().__init__()
+        self.config, self.model = config, stack
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head the embedding, if the shape says so."""
+        if self.config.tied_head:
+            self.lm_head.weight = self.model.get_parameter("embed_tokens.weight")
 
     @abstractmethod
     def initialise(self, seed: int) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.artifacts import Json, write_json
 from hasten.errors import UserError
-from hasten.packaged.vocabulary import Piece, PieceType, write_tokenizer
+from hasten.packaged.vocabulary import Piece, TokenType, write_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +130,7 @@ def _value(values: dict[str, Any], name: str) -> Any:
 
 def _pieces(values: dict[str, Any]) -> list[Piece]:
     texts, scores, types = (values[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type"))
-    return [Piece(*one) for one in zip(texts, scores, map(PieceType, types), strict=True)]
+    return [Piece(*one) for one in zip(texts, scores, map(TokenType, types), strict=True)]
 
 
 def _renamed(name: str) -> str:

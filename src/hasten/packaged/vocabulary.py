@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SPACE = "▁"
 
 
-class PieceType(IntEnum):
+class TokenType(IntEnum):
     """SentencePiece's kinds of piece, by their numbers in GGUF."""
 
     normal = 1
@@ -38,13 +38,13 @@ class PieceType(IntEnum):
 class Piece(NamedTuple):
     text: str
     score: float
-    kind: PieceType
+    kind: TokenType
 
 
 def merges(pieces: list[Piece]) -> Iterator[tuple[str, str]]:
     """Every way to join two pieces into a third, best first; of those that give the same one, longest left first."""
-    normal = {piece.text for piece in pieces if piece.kind is PieceType.normal}
-    for piece in sorted((p for p in pieces if p.kind is PieceType.normal), key=lambda p: -p.score):
+    normal = {piece.text for piece in pieces if piece.kind is TokenType.normal}
+    for piece in sorted((p for p in pieces if p.kind is TokenType.normal), key=lambda p: -p.score):
         for cut in range(len(piece.text) - 1, 0, -1):
             left, right = piece.text[:cut], piece.text[cut:]
             if left in normal and right in normal:
@@ -68,13 +68,13 @@ def write_tokenizer(folder: Path, pieces: list[Piece], specials: dict[str, int])
     )
     backend.normalizer = normalizers.Replace(" ", SPACE)
     backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    special = (PieceType.control, PieceType.unknown)
+    special = (TokenType.control, TokenType.unknown)
     backend.add_special_tokens(
         [_added(text, False) for text, piece in zip(texts, pieces, strict=True) if piece.kind in special]
     )
     # Spaces have become `▁` by the time that runs of them are looked for; everything else is found in the text itself.
     backend.add_tokens(
-        [_added(text, SPACE in text) for text, p in zip(texts, pieces, strict=True) if p.kind is PieceType.user_defined]
+        [_added(text, SPACE in text) for text, p in zip(texts, pieces, strict=True) if p.kind is TokenType.user_defined]
     )
     bos = texts[specials["bos"]]
     backend.post_processor = processors.TemplateProcessing(
