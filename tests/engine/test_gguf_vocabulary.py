@@ -6,7 +6,7 @@ import pytest
 from hasten.artifacts import write_json
 from hasten.engine import gguf
 from hasten.engine.base import Dtype
-from hasten.engine.gguf_vocabulary import TokenType, id_vocabulary, read_vocabulary, space_prefix, splitting_rule
+from hasten.engine.gguf_vocabulary import id_vocabulary, read_vocabulary, space_prefix, splitting_rule
 from hasten.errors import UserError
 from hasten.packaged.vocabulary import Piece, TokenType, write_tokenizer
 from tests.engine import llama
