@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hasten.model.config import Activation, ModelConfig, RopeKind, RopeScaling
 from hasten.model.network import Network, State
@@ -144,8 +145,13 @@ class Attention(nn.Module):
         k = rotate(k, view.cos, view.sin)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, view.start)  # (B, K, S, D)
+        grouped = self.grouped
+        if grouped and view.mask is not None and cache is None:
+            # CUDA's kernel that takes a mask knows no groups: without this, all scores would be written to memory
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, D)
+            grouped = False
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=view.mask, is_causal=view.causal, scale=self.scale, enable_gqa=self.grouped
+            q, k, v, attn_mask=view.mask, is_causal=view.causal, scale=self.scale, enable_gqa=grouped
         )
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, hidden)
         return out
@@ -168,7 +174,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """With `post_norms`, each half is normalised on its way in and on its way out (Gemma's four norms)."""
+    """With `post_norms`, each half is normalised on its way in and on its way out (Gemma's four norms).
+
+    Dropout acts on what each half adds to the residual stream (Vaswani et al. 2017, arXiv:1706.03762, section 5.4).
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -184,15 +193,17 @@ class Block(nn.Module):
         if config.post_norms:
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, x: Tensor, view: View, cache: Cache | None) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x), view, cache)
         if self.post_norms:
-            x = x + self.post_attention_layernorm(attended)
-            gated: Tensor = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-            return gated
-        x = x + attended
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+            x = x + self.dropout(self.post_attention_layernorm(attended))
+            gated = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        else:
+            x = x + self.dropout(attended)
+            gated = self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.dropout(gated)
         return out
 
 
@@ -207,22 +218,34 @@ class Stack(nn.Module):
         self.norm = Norm(config.hidden_size, config.norm_epsilon, config.offset_norms)
         self.slides = [config.slides(layer) for layer in range(config.layers)]
 
-    def forward(self, ids: Tensor, cache: Cache | None = None, padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        cache: Cache | None = None,
+        padding: Tensor | None = None,
+        documents: Tensor | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        assert documents is None or (cache is None and padding is None)
         past = cache.length if cache is not None else 0
         if cache is not None:
             padding = cache.padding = padding if padding is not None else cache.padding
-        views = {slides: self.view(ids, past, padding, slides) for slides in sorted(set(self.slides))}
+        views = {slides: self.view(ids, past, padding, slides, documents) for slides in sorted(set(self.slides))}
         x: Tensor = self.embed_tokens(ids)  # (B, T, hidden)
         if self.config.embedding_scale:
             x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        again = recompute and cache is None and torch.is_grad_enabled()
         for block, slides in zip(self.layers, self.slides, strict=True):
-            x = block(x, views[slides], cache)
+            view = views[slides]
+            x = checkpoint(block, x, view, None, use_reentrant=False) if again else block(x, view, cache)
         if cache is not None:
             cache.length = past + ids.shape[1]
         out: Tensor = self.norm(x)
         return out
 
-    def view(self, ids: Tensor, past: int, padding: Tensor | None, slides: bool) -> View:
+    def view(
+        self, ids: Tensor, past: int, padding: Tensor | None, slides: bool, documents: Tensor | None = None
+    ) -> View:
         """Angles and mask for `ids` (B, T) after `past` cached tokens."""
         config, tokens, device = self.config, ids.shape[1], ids.device
         local = slides and config.local_rope_theta > 0
@@ -237,13 +260,15 @@ class Stack(nn.Module):
         window = config.sliding_window if slides else end
         start = max(0, past + 1 - window)  # what the oldest query here attends to first
         narrow = end - start > window  # some key is out of reach of some query
-        if padding is None and not narrow and (tokens == 1 or not past):
+        if padding is None and documents is None and not narrow and (tokens == 1 or not past):
             return View(cos, sin, None, tokens > 1, start)
         keys = torch.arange(start, end, device=device)
         mask = (keys <= queries[:, None]) & (keys > queries[:, None] - window)  # (T, S)
         if padding is not None:
             real = keys >= padding[:, None, None, None]  # (B, 1, 1, S)
             mask = (mask & real) | (keys == queries[:, None])  # padding attends to itself: no row is empty
+        if documents is not None:  # angles stay those of the row: a score depends on a difference of positions alone
+            mask = mask & (documents[:, :, None] == documents[:, None, :])[:, None]  # (B, 1, T, T)
         return View(cos, sin, mask, False, start)
 
 
@@ -280,8 +305,16 @@ class Decoder(Network):
             with torch.no_grad():
                 weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
 
-    def hidden(self, ids: Tensor, prompt_tokens: Tensor | None = None) -> Tensor:
-        out: Tensor = self.model(ids)
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.layers)
+
+    def set_dropout(self, share: float) -> None:
+        for block in self.model.layers:
+            assert isinstance(block, Block)
+            block.dropout.p = share
+
+    def hidden(self, ids: Tensor, prompt_tokens: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        out: Tensor = self.model(ids, documents=documents, recompute=self.recompute)
         return out
 
     def new_state(self, batch: int, context: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Cache:
@@ -289,6 +322,6 @@ class Decoder(Network):
 
     def forward(self, ids: Tensor, cache: State | None = None, padding: Tensor | None = None) -> Tensor:
         assert cache is None or isinstance(cache, Cache)
-        x = self.model(ids, cache, padding)
+        x = self.model(ids, cache, padding, recompute=self.recompute)
         logits: Tensor = self.lm_head(x if cache is None else x[:, -1:])
         return logits.float()

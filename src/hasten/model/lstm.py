@@ -37,6 +37,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hasten.errors import UserError
 from hasten.model.lstm_config import LstmConfig
 from hasten.model.network import Network, State
 
@@ -77,13 +78,25 @@ class Carried(State):
         self.length += tokens
 
 
+class Matrix(nn.Module):
+    """What a linear layer holds, (out, in) and (out,), for the fused kernel; it is never called itself."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(outputs, inputs))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
+
+
 class Layer(nn.Module):
     """One LSTM layer. Gates in the order of the equations above, which is torch's."""
 
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
-        self.input_proj = nn.Linear(inputs, 4 * hidden)  # W and b
-        self.hidden_proj = nn.Linear(hidden, 4 * hidden, bias=False)  # U
+        self.input_proj = Matrix(inputs, 4 * hidden, bias=True)  # W and b
+        self.hidden_proj = Matrix(hidden, 4 * hidden, bias=False)  # U
         self.hidden = hidden
 
     def forward(
@@ -96,7 +109,9 @@ class Layer(nn.Module):
         rows of different lengths end together, and the fused kernel reads them all at once.
         """
         h, c = memory
-        w, u, b = self.input_proj.weight, self.hidden_proj.weight, self.input_proj.bias
+        w: Tensor = self.input_proj.weight
+        u, b = self.hidden_proj.weight, self.input_proj.bias
+        assert b is not None
         if x.shape[1] == 1 and absent is None:  # a step of decoding: the fused kernel would pack its weights for it
             h, c = torch.lstm_cell(x[:, 0], [h, c], w, u, b, torch.zeros_like(b))
             return h[:, None], (h, c)
@@ -111,12 +126,17 @@ class Layer(nn.Module):
 
 
 class Coder(nn.Module):
-    """A stack of layers: the encoder, and the decoder."""
+    """A stack of layers: the encoder, and the decoder.
+
+    Dropout acts on what a layer says to the next one and to the head, never on what it says to itself a step later, or
+    nothing would be remembered for long (Zaremba, Sutskever and Vinyals 2014, arXiv:1409.2329).
+    """
 
     def __init__(self, config: LstmConfig) -> None:
         super().__init__()
         widths = [config.input_width] + [config.hidden_size] * (config.layers - 1)
         self.layers = nn.ModuleList(Layer(width, config.hidden_size) for width in widths)
+        self.dropout = nn.Dropout(0.0)
         self.hidden = config.hidden_size
 
     def forward(self, x: Tensor, memory: Memory | None = None, absent: Tensor | None = None) -> tuple[Tensor, Memory]:
@@ -126,7 +146,8 @@ class Coder(nn.Module):
             memory = [(nothing, nothing)] * len(self.layers)
         after: Memory = []
         for layer, before in zip(self.layers, memory, strict=True):
-            x, now = layer(x, before, absent)
+            said, now = layer(x, before, absent)
+            x = self.dropout(said)
             after.append(now)
         return x, after
 
@@ -163,11 +184,19 @@ class Lstm(Network):
     """
 
     predicts_prompt = False
+    separates_documents = False
+    can_recompute = False
     config: LstmConfig
     model: Stack
 
     def __init__(self, config: LstmConfig) -> None:
         super().__init__(config, Stack(config))
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.model.encoder.layers, *self.model.decoder.layers]
+
+    def set_dropout(self, share: float) -> None:
+        self.model.encoder.dropout.p = self.model.decoder.dropout.p = share
 
     def initialise(self, seed: int) -> None:
         """Random weights for training from scratch.
@@ -188,8 +217,10 @@ class Lstm(Network):
                 spread = self.config.initializer_range if embedding else weight.shape[1] ** -0.5
                 weight.copy_(torch.randn(weight.shape, generator=generator) * spread)
 
-    def hidden(self, ids: Tensor, prompt_tokens: Tensor | None = None) -> Tensor:
+    def hidden(self, ids: Tensor, prompt_tokens: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
         """See `Network.hidden`. The encoder reads ids[:p], the decoder ids[p - 1:], each row with its own p."""
+        if documents is not None:
+            raise UserError("an LSTM reads on from one document to the next; set training.documents_apart=false")
         length = ids.shape[1]
         if prompt_tokens is None:
             prompt_tokens = torch.ones(len(ids), dtype=torch.int64, device=ids.device)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Full(Tuning):
     """Nothing to add and nothing to merge."""
 
-    def attach(self, model: Network) -> None:
+    def attach(self, model: Network, *, seed: int, low_precision: bool) -> None:
         model.requires_grad_(True)
 
     def merge(self, model: Network) -> None:
