@@ -13,6 +13,8 @@ import torch
 from hasten.artifacts import (
     Artifact,
     Checkpoint,
+    Group,
+    Tokens,
     Variant,
     digest,
     disk_is_full,
@@ -214,6 +216,30 @@ def test_tokens_are_memory_mapped_and_cannot_be_written(tmp_path: Path) -> None:
     assert tokens.offsets("train")[-1] == len(ids) == 100
     assert len(tokens.languages("train")) == len(tokens.offsets("train")) - 1 == 5
     assert len(tokens.ids("validation")) == 0  # an empty file cannot be mapped
+
+
+def test_groups_follow_each_other_and_those_without_tokens_are_left_out(tmp_path: Path) -> None:
+    tokens = write_tokens(tmp_path / "tokens", train=100, validation=40)
+    facts = read_json(tokens.path / "manifest.json")
+    sizes = {("a", "en"): (60, 0), ("a", "zh"): (0, 0), ("b", "en"): (40, 40)}
+    facts["groups"] = [
+        {"source": source, "language": language, "splits": {"train": {"tokens": t}, "validation": {"tokens": v}}}
+        for (source, language), (t, v) in sizes.items()
+    ]
+    write_json(tokens.path / "manifest.json", facts)
+    tokens = Tokens(tokens.path)
+    assert tokens.groups("train") == [Group("a", "en", 0, 60), Group("b", "en", 60, 40)]
+    assert tokens.groups("validation") == [Group("b", "en", 0, 40)]
+    assert tokens.groups("validation")[0].name == "b/en"
+
+
+@pytest.mark.parametrize(("languages", "language"), [(["en", "zh"], ""), (["zh"], "zh")])
+def test_tokens_that_name_no_groups_are_one_group(tmp_path: Path, languages: list[str], language: str) -> None:
+    tokens = write_tokens(tmp_path / "tokens", train=100, validation=40)
+    facts = read_json(tokens.path / "manifest.json")
+    facts.pop("groups", None)
+    write_json(tokens.path / "manifest.json", {**facts, "languages": languages})
+    assert Tokens(tokens.path).groups("train") == [Group("", language, 0, 100)]
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.offsets.npy", "train.languages.npy"])

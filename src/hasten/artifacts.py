@@ -128,12 +128,27 @@ class Artifact:
         return digest(self.path)
 
 
+@dataclass(frozen=True)
+class Group:
+    """The tokens of a split that are of one source and one language: `tokens` of them from `start_token` on."""
+
+    source: str
+    language: str
+    start_token: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}/{self.language}"
+
+
 class Tokens(Artifact):
     """Tokenised corpora, memory-mapped: documents one after another, each starting at an offset.
 
     Per split (`train`, `validation`): `<split>.bin` (token ids, dtype in the manifest),
     `<split>.offsets.npy` (documents + 1, int64) and `<split>.languages.npy` (documents, uint8, an
-    index into `manifest["languages"]`).
+    index into `manifest["languages"]`). Documents are ordered by group (source, then language), of which the
+    manifest says how many documents, tokens and bytes each split has.
     """
 
     def ids(self, split: str) -> np.ndarray:
@@ -158,6 +173,24 @@ class Tokens(Artifact):
         import numpy as np
 
         return self._read(f"{split}.languages.npy", lambda path: np.load(path, mmap_mode="r"))
+
+    def groups(self, split: str) -> list[Group]:
+        """The groups of a split that have tokens, in the order in which they lie there.
+
+        Tokens whose manifest names no groups are one group without a source, and without a language if they are of
+        several.
+        """
+        if "groups" not in self.manifest:
+            languages = self.manifest["languages"]
+            return [Group("", languages[0] if len(languages) == 1 else "", 0, len(self.ids(split)))]
+        found: list[Group] = []
+        start = 0
+        for group in self.manifest["groups"]:
+            size = int(group["splits"][split]["tokens"])
+            if size:
+                found.append(Group(group["source"], group["language"], start, size))
+            start += size
+        return found
 
     def _read(self, name: str, read: Callable[[Path], np.ndarray]) -> np.ndarray:
         try:

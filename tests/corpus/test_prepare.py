@@ -61,6 +61,7 @@ def test_tokens_tasks_and_tokenizer_are_written_and_described(tmp_path: Path, ta
     held_out = data.manifest["n"]["validation"] + data.manifest["n"]["test"]
     assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == ["tasks", "tokenizer", "tokens"]
     assert tokens.manifest["languages"] == ["en", "zh"]
+    assert [group.name for group in tokens.groups("train")] == ["chitchat/en", "letters/zh"]
     assert tokens.manifest["sha256"]["train.bin"] == digest(tokens.path / "train.bin")
     assert tokens.manifest["contamination"] == facts["contamination"]
     assert facts["contamination"]["remaining"] == 0

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hasten.artifacts import Tokens, write_json
-from hasten.corpus.base import Document
+from hasten.corpus.base import Document, Source
 from hasten.corpus.collect import Spool, collect
 from hasten.corpus.decontaminate import Screen, passages
 from hasten.corpus.tokenise import remaining, tokenise
@@ -15,6 +15,7 @@ from tests.corpus.test_collect import Listed
 DOCUMENTS = [
     Document(f"{n}", "zh" if n % 3 else "en", f"文件{n} 号 <|eos|> number {n}\n" * (n % 7 + 1)) for n in range(60)
 ]
+FEW = [Document("a", "zh", "又一个来源"), Document("b", "en", "another source")]
 
 
 def quiet(count: int) -> None:
@@ -23,12 +24,9 @@ def quiet(count: int) -> None:
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Spool:
-    source = Listed(listed=DOCUMENTS)
-    screen = Screen.against([])
-    path = tmp_path / "spool.jsonl"
-    return collect(
-        {"listed": source}, screen, set(), path, validation_fraction=0.3, seed=0, workers=1, advance=quiet
-    )  # fmt: skip
+    sources: dict[str, Source] = {"listed": Listed(listed=DOCUMENTS), "few": Listed(listed=FEW)}
+    screen, folder = Screen.against([]), tmp_path / "spool"
+    return collect(sources, screen, set(), folder, validation_fraction=0.3, seed=0, workers=1, advance=quiet)
 
 
 @pytest.fixture
@@ -73,6 +71,31 @@ def test_the_manifest_counts_documents_tokens_and_bytes(tmp_path: Path, spool: S
             assert count["bytes"] == sum(len(text.encode()) for text in texts)
 
 
+def test_each_group_lies_in_one_piece_and_the_manifest_says_where(
+    tmp_path: Path, spool: Spool, tokenizer: Path
+) -> None:
+    tokens, loaded = write(tmp_path / "tokens", spool, tokenizer), load_tokenizer(tokenizer)
+    names = [("listed", "en"), ("listed", "zh"), ("few", "en"), ("few", "zh")]
+    assert [(group["source"], group["language"]) for group in tokens.manifest["groups"]] == names
+    for split in ("train", "validation"):
+        offsets, documents = tokens.offsets(split), 0
+        present = {(group.source, group.language): group for group in tokens.groups(split)}
+        assert list(present) == [name for name in names if any((d.split, d.group) == (split, name) for d in spool)]
+        for group in tokens.manifest["groups"]:
+            facts, name = group["splits"][split], (group["source"], group["language"])
+            texts = [d.text for d in spool if (d.split, d.group) == (split, name)]
+            assert (facts["first_document"], facts["documents"]) == (documents, len(texts))
+            assert facts["bytes"] == sum(len(text.encode()) for text in texts)
+            documents += len(texts)
+            if texts:
+                own = present[name]
+                assert own.start_token == offsets[facts["first_document"]]
+                assert own.start_token + own.tokens == offsets[documents]
+                ids = tokens.ids(split)[own.start_token : own.start_token + own.tokens]
+                assert loaded.decode(ids.tolist()) == "".join(texts)
+        assert documents == len(offsets) - 1
+
+
 def test_the_bytes_do_not_depend_on_the_number_of_workers(
     tmp_path: Path, spool: Spool, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +114,7 @@ def test_the_final_check_reads_the_tokens_back(
         return remaining(tokens.path, tokenizer, "uint16", passages(text), workers=1, advance=counted.append)
 
     assert left("number 5 文件5 号 eos number 5")
-    assert sum(counted) == len(DOCUMENTS)
+    assert sum(counted) == len(DOCUMENTS) + len(FEW)
     assert not left("nothing of the kind is written there")
 
 

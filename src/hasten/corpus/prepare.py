@@ -64,7 +64,7 @@ def prepare(
                 sources,
                 Screen.against(wanted),
                 held_out,
-                scratch / "documents.jsonl",
+                scratch / "documents",
                 validation_fraction=validation_fraction,
                 seed=seed,
                 workers=workers,

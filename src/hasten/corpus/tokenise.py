@@ -1,4 +1,4 @@
-"""Second pass: spooled documents to `Tokens` on disk, in parallel, streaming."""
+"""Second pass: spooled documents to `Tokens` on disk, in parallel, streaming, in the spool's order: group by group."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ class Encoded:
     split: str
     ids: np.ndarray
     lengths: list[int]
-    languages: list[str]
+    groups: list[tuple[str, str]]
     bytes: list[int]
 
 
@@ -55,7 +56,7 @@ class _Encoder:
             split=split,
             ids=np.array([i for ids in sequences for i in ids], dtype=self.dtype),
             lengths=[len(ids) for ids in sequences],
-            languages=[d.language for d in documents],
+            groups=[d.group for d in documents],
             bytes=[len(d.text.encode()) for d in documents],
         )
 
@@ -65,35 +66,43 @@ def tokenise(
 ) -> Json:
     """Write the token files of every split into an existing `folder`.
 
-    Returns the manifest's `dtype`, `languages`, `vocab_size` and `splits` (documents, tokens and UTF-8
-    bytes by split and language; tokens count `bos` and `eos`, bytes only text).
+    Returns the manifest's `dtype`, `languages`, `vocab_size`, `splits` (documents, tokens and UTF-8 bytes by
+    split and language; tokens count `bos` and `eos`, bytes only text) and `groups` (the same by source and
+    language, with each split's first document).
     """
     vocab_size = load_tokenizer(tokenizer_folder).vocab_size
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32).newbyteorder("<")
-    languages = sorted(spool.languages)
+    languages = spool.languages
     offsets = {split: array("q", [0]) for split in SPLITS}
     codes = {split: array("B") for split in SPLITS}
-    counts = {split: {language: Counter[str]() for language in languages} for split in SPLITS}
+    counts = {group: {split: Counter(documents=0, tokens=0, bytes=0) for split in SPLITS} for group in spool.groups}
     with ExitStack() as files:
         bins = {split: files.enter_context((folder / f"{split}.bin").open("wb")) for split in SPLITS}
         work = chunks(spool, lambda document: len(document.text))
         for chunk in ordered_map(_Encoder(tokenizer_folder, dtype), work, workers):
             for part in chunk:
                 bins[part.split].write(part.ids.tobytes())
-                for length, language, size in zip(part.lengths, part.languages, part.bytes, strict=True):
+                for length, group, size in zip(part.lengths, part.groups, part.bytes, strict=True):
                     offsets[part.split].append(offsets[part.split][-1] + length)
-                    codes[part.split].append(languages.index(language))
-                    counts[part.split][language].update(documents=1, tokens=length, bytes=size)
+                    codes[part.split].append(languages.index(group[1]))
+                    counts[group][part.split].update(documents=1, tokens=length, bytes=size)
                 advance(len(part.lengths))
     for split in SPLITS:
         np.save(folder / f"{split}.offsets.npy", np.frombuffer(offsets[split], dtype=np.int64))
         np.save(folder / f"{split}.languages.npy", np.frombuffer(codes[split], dtype=np.uint8))
-    zero = {"documents": 0, "tokens": 0, "bytes": 0}
-    splits = {
-        split: {language: {**zero, **count} for language, count in by_language.items()}
-        for split, by_language in counts.items()
-    }
-    return {"dtype": dtype.name, "languages": languages, "vocab_size": vocab_size, "splits": splits}
+    splits: Json = {split: {} for split in SPLITS}
+    groups: list[Json] = []
+    first = dict.fromkeys(SPLITS, 0)
+    for (source, language), by_split in counts.items():
+        within = {split: {"first_document": first[split], **count} for split, count in by_split.items()}
+        groups.append({"source": source, "language": language, "splits": within})
+        for split, count in by_split.items():
+            first[split] += count["documents"]
+    for split, language in product(SPLITS, languages):
+        own = [by_split[split] for (_, one), by_split in counts.items() if one == language]
+        splits[split][language] = {key: sum(count[key] for count in own) for key in ("documents", "tokens", "bytes")}
+    facts = {"dtype": dtype.name, "languages": languages, "vocab_size": vocab_size}
+    return {**facts, "splits": splits, "groups": groups}
 
 
 @dataclass
