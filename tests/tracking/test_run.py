@@ -187,7 +187,7 @@ def test_what_could_not_be_sent_is_sent_when_the_store_answers_again(
 ) -> None:
     with track("work", Config(), inputs={}, record=RECORD) as run:
         with monkeypatch.context() as patch:
-            patch.setattr(run, "client", None)  # whatever is asked of it raises
+            patch.setattr(run.mirror, "client", None)  # whatever is asked of it raises
             run.metrics({"loss": 3.0}, 1)
             run.send()
             run.metrics({"loss": 2.0}, 2)

@@ -1,4 +1,8 @@
-"""One run per executed stage, mirrored to MLflow as it happens and kept on disk as a record."""
+"""One run per executed stage, mirrored to MLflow as it happens and kept on disk as a record.
+
+Where several processes train together, each of them runs the stage; the first one's run is the stage's, those of the
+others say nothing to anybody.
+"""
 
 from __future__ import annotations
 
@@ -18,127 +22,99 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hasten.artifacts import SCHEMA, Json, read_json, write_json
+from hasten.artifacts import SCHEMA, Json, read_json, replacing, write_json
 from hasten.errors import UserError
 from hasten.hardware import machine
+from hasten.ranks import rank
+from hasten.tracking.journal import entries, note
+from hasten.tracking.mirror import KEY, Mirror, Point, text
 from hasten.tracking.store import connect, first_line
 
-KEY = "hasten.key"
-BATCH = 900  # MLflow takes at most 1,000 metrics in one call
+DESCRIPTION = "mlflow.note.content"  # the tag that the UI shows on top of a run's page
 
 
 class Run:
-    """What a stage has to say. Values go to the record at once, and to MLflow in batches.
+    """What a stage has to say. It goes to the record at once, to MLflow in the background (`hasten.tracking.mirror`).
 
-    A store that stops answering in the middle does not stop the work: what could not be sent is kept
-    and sent with the next batch, and the record on disk has it in any case.
+    A store that stops answering does not stop or slow the work: what could not be sent is kept and sent later, and the
+    record on disk has it in any case. mirror: None for a run that nobody hears of. journal: where the course of the run
+    is kept until it is finished; if there is one already, the run was killed and this one continues it.
     """
 
-    def __init__(self, record: Json) -> None:
-        self.record = record
-        self.client, self.experiment = connect()
-        self.id = self._open()
-        self._pending: list[tuple[str, float, int]] = []
-        self._sent_at = time.monotonic()
-        self._logged: dict[str, int] = {}  # last step of each curve that an earlier execution already logged
-        self._warned = False
+    def __init__(self, record: Json, mirror: Mirror | None = None, journal: Path | None = None) -> None:
+        self.record, self.mirror, self.journal = record, mirror, journal
+        if journal is not None:
+            for entry in entries(journal):
+                self._take(entry)
 
     @property
     def key(self) -> str:
         """The hash of (stage, resolved config, inputs): the same work has the same key."""
         return str(self.record["key"])
 
-    def _open(self) -> str:
-        found = self.client.search_runs(
-            [self.experiment], f"tags.`{KEY}` = '{self.record['key']}'", max_results=1, order_by=["start_time DESC"]
-        )
-        if found:
-            run_id = str(found[0].info.run_id)
-            self.client.update_run(run_id, status="RUNNING", name=self.record["name"])
-            names = found[0].data.tags.get("dvc_exp_names", "")
-            self._join_names(names)
-        else:
-            run_id = str(self.client.create_run(self.experiment, run_name=self.record["name"]).info.run_id)
-        self._send_tags(run_id, {KEY: self.record["key"], **self.record["tags"]})
-        known = set(found[0].data.params) if found else set()
-        from mlflow.entities import Param
-
-        params = [Param(key, text(value)) for key, value in self.record["params"].items() if key not in known]
-        self.client.log_batch(run_id, params=params)
-        return run_id
-
-    def _join_names(self, names: str) -> None:
-        """A run that several DVC experiments share lists all of them."""
-        own = self.record["tags"].get("dvc_exp_names")
-        joined = [name for name in [*names.split(","), own or ""] if name]
-        if joined:
-            self.record["tags"]["dvc_exp_names"] = ",".join(dict.fromkeys(joined))
-
-    def _send_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
-        from mlflow.entities import RunTag
-
-        self.client.log_batch(run_id, tags=[RunTag(key, text(value)) for key, value in tags.items()])
+    @property
+    def id(self) -> str:
+        """MLflow's; empty for a run that nobody hears of."""
+        return self.mirror.id if self.mirror else ""
 
     def metrics(self, values: Mapping[str, float | None], step: int | None = None) -> None:
         """Figures by name; with a step they are points of a curve. None and NaN are not logged."""
+        known = {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
+        entry = {"metrics": known, "step": step, "milliseconds": int(time.time() * 1000)}
+        self._say(entry, keep=step is not None)
+
+    def text(self, name: str, content: str) -> None:
+        """A short text to keep with the run, such as `samples/step-000200.md`."""
+        self._say({"text": name, "content": content}, keep=True)
+
+    def _say(self, entry: Json, keep: bool) -> None:
+        if keep and self.journal is not None:
+            note(self.journal, entry)
+        self._take(entry)
+
+    def _take(self, entry: Json) -> None:
+        """Into the record and on to MLflow, now or from the journal of an execution that was killed."""
+        if "text" in entry:
+            name, content = entry["text"], entry["content"]
+            self.record["texts"][name] = content
+            if self.mirror:
+                self.mirror.put(lambda client: client.log_text(self.id, content, name))
+            return
+        values, step = entry["metrics"], entry["step"]
+        self.record["metrics"].update(values)
         for name, value in values.items():
-            if value is None or not math.isfinite(value):
-                continue
             if step is not None:
-                self.record["curves"].setdefault(name, []).append([step, float(value)])
-            self.record["metrics"][name] = float(value)
-            self._pending.append((name, float(value), step or 0))
-        if time.monotonic() - self._sent_at > 2 or len(self._pending) > BATCH:
-            self.send()
+                curve = self.record["curves"].setdefault(name, [])
+                while curve and curve[-1][0] >= step:
+                    curve.pop()  # from before a kill, after the checkpoint: now it is gone through again
+                curve.append([step, value])
+        if self.mirror:
+            self.mirror.put(*(Point(name, value, step, entry["milliseconds"]) for name, value in values.items()))
 
     def tags(self, values: Mapping[str, Any]) -> None:
         """Facts for the table."""
         self.record["tags"].update({key: text(value) for key, value in values.items()})
-        self._try(lambda: self._send_tags(self.id, values))
+        if self.mirror:
+            self.mirror.tags(values)
+
+    def describe(self, markdown: str) -> None:
+        """What the page of the run says on top."""
+        self.tags({DESCRIPTION: markdown})
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """A file to keep with the run."""
+        """A file to keep with the run; it has to stay until the run is over."""
         self.record["artifacts"].append([str(path), folder])
-        self._try(lambda: self.client.log_artifact(self.id, str(path), folder))
+        if self.mirror:
+            self.mirror.put(lambda client: client.log_artifact(self.id, str(path), folder))
 
     def send(self) -> None:
-        """Send what is pending."""
-        from mlflow.entities import Metric
-
-        self._sent_at = time.monotonic()
-        now = int(time.time() * 1000)
-        while self._pending:
-            batch = self._pending[:BATCH]
-            fresh = [point for point in batch if point[2] == 0 or point[2] > self._last_logged(point[0])]
-            if not self._try(
-                lambda fresh=fresh: self.client.log_batch(self.id, metrics=[Metric(n, v, now, s) for n, v, s in fresh])
-            ):
-                return
-            del self._pending[:BATCH]
-
-    def _last_logged(self, name: str) -> int:
-        if name not in self._logged:
-            try:
-                history = self.client.get_metric_history(self.id, name)
-            except Exception:  # a metric that was never logged, or a store that does not answer: nothing is known
-                history = []
-            self._logged[name] = max((point.step for point in history), default=-1)
-        return self._logged[name]
-
-    def _try(self, action: Any) -> bool:
-        try:
-            action()
-        except Exception as error:
-            if not self._warned:
-                sys.stderr.write(f"MLflow does not answer ({first_line(error)}); figures are kept and sent later\n")
-            self._warned = True
-            return False
-        return True
+        """Send what is pending now, and wait for it as long as the store takes it."""
+        if self.mirror:
+            self.mirror.flush()
 
     def finish(self, status: str) -> None:
-        """Send the rest and close the run."""
-        self.send()
-        if not self._try(lambda: self.client.set_terminated(self.id, status)) or self._pending:
+        """Send the rest and close the run. A store that takes nothing is waited for a minute at most."""
+        if self.mirror and not self.mirror.close(status):
             sys.stderr.write("MLflow lacks part of this run; `make publish` sends it again\n")
 
 
@@ -151,17 +127,21 @@ def track(
     record: Path | None,
     item: str = "",
     tags: Mapping[str, Any] | None = None,
+    begun: Path | None = None,
 ) -> Iterator[Run]:
     """A run for one execution of a stage, open while the block runs.
 
     config: the stage's dataclass (its fields become parameters). inputs: hashes of what it reads;
-    both decide the key. record: where the record goes when the block succeeds.
+    both decide the key. record: where the record goes when the block succeeds. begun: a folder that
+    belongs to the work and outlives a kill; the run that is named there goes on, although the work is done elsewhere.
+    In a process that is not the first of its job the run has the same key and is heard by nobody.
     """
     params = flat(config)
     plan = str(getattr(config, "plan", ""))
+    key = hashlib.sha256(json.dumps([stage, params, dict(inputs)], sort_keys=True).encode()).hexdigest()
     content = {
         "schema": SCHEMA,
-        "key": hashlib.sha256(json.dumps([stage, params, dict(inputs)], sort_keys=True).encode()).hexdigest(),
+        "key": key if begun is None else continued(begun, key),
         "name": f"{stage} {item}" if item else stage,
         "stage": stage,
         "tags": {
@@ -175,10 +155,24 @@ def track(
         "params": params,
         "metrics": {},
         "curves": {},
+        "texts": {},
         "artifacts": [],
     }
+    if rank() > 0:
+        yield Run(content)
+        return
     with alone(plan, str(content["name"])):
         yield from _tracked(content, stage, record)
+
+
+def continued(folder: Path, key: str) -> str:
+    """The key of the run that began the work in `folder`: `key`, if this is the first one."""
+    path = folder / "run"
+    if not path.is_file() and rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(key, encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else key
 
 
 @contextmanager
@@ -198,7 +192,8 @@ def alone(plan: str, name: str) -> Iterator[None]:
 
 
 def _tracked(content: Json, stage: str, record: Path | None) -> Iterator[Run]:
-    run = Run(content)
+    journal = Path(".work", "runs", f"{content['key'][:16]}.jsonl")
+    run = Run(content, Mirror(content), journal)
     start = time.perf_counter()
     try:
         yield run
@@ -210,6 +205,7 @@ def _tracked(content: Json, stage: str, record: Path | None) -> Iterator[Run]:
     run.finish("FINISHED")
     if record is not None:
         write_json(record, run.record)
+    journal.unlink(missing_ok=True)  # not before the record is there
     over_budget(stage, run.record["metrics"]["seconds"])
 
 
@@ -258,21 +254,17 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): value}
 
 
-def text(value: Any) -> str:
-    """A tag's or parameter's value: MLflow keeps 5,000 characters."""
-    shown = " > ".join(value) if isinstance(value, list) else str(value)
-    return shown[:5000]
-
-
 def replay(path: Path) -> str:
     """Send a record to the store again: `make publish`. The run's id."""
     record = read_json(path)
-    content = {**record, "curves": {}, "metrics": {}, "artifacts": []}
-    run = Run(content)
+    content = {**record, "curves": {}, "metrics": {}, "texts": {}, "artifacts": []}
+    run = Run(content, Mirror(content))
     for name, points in record["curves"].items():
         for step, value in points:
             run.metrics({name: value}, step)
     run.metrics({name: value for name, value in record["metrics"].items() if name not in record["curves"]})
+    for name, written in record.get("texts", {}).items():
+        run.text(name, written)
     for artifact, folder in record["artifacts"]:
         if Path(artifact).exists():
             run.artifact(Path(artifact), folder)
