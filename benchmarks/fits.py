@@ -71,7 +71,7 @@ def train(model: Decoder, batches: PackedTokens, options: Training, loss: Loss, 
 
 def main() -> None:
     tokens = Tokens(Path("artifacts/default/tokens"))
-    batches = PackedTokens(tokens, "train", batches=STEPS, batch_size=BATCH, length=LENGTH, seed=0)
+    batches = PackedTokens(tokens, "train", steps=STEPS, batch_size=BATCH, length=LENGTH, seed=0, apart=False)
     print(f"validation loss after {STEPS} steps of {BATCH} x {LENGTH} tokens, learning rate 3e-3")
     for optimiser in Optimiser:
         for identity in (False, True):

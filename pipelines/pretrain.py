@@ -24,20 +24,24 @@ def main(config: Pretrain) -> None:
             run.metrics(import_checkpoint(source, tokenizer, model, target))
         return
 
-    from hasten.training.pretraining import pretrain
+    from hasten.training.placement import roofs
+    from hasten.training.pretraining import pretrain, refuse_unfit
 
     tokens = Tokens(config.folder / "tokens")
+    refuse_unfit(model, tokens, config.training)
     inputs = {"tokens": tokens.hash, "tokenizer": digest(tokenizer)}
-    with track("pretrain", config, inputs=inputs, record=config.record("pretrain")) as run:
+    scratch, record = config.scratch("pretrain", inputs), config.record("pretrain")
+    with track("pretrain", config, inputs=inputs, record=record, begun=scratch) as run:
         fitted = pretrain(
             tokens,
             tokenizer,
             model,
             config.training,
             seed=config.seed,
-            scratch=config.scratch("pretrain", run.key),
+            scratch=scratch,
             target=target,
             metrics=run,
+            ceilings=roofs(config.training),
         )
         run.metrics(fitted.figures())
 

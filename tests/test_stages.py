@@ -26,7 +26,9 @@ from hasten.stages import (
     load_plan,
     trial_config,
 )
+from hasten.training.options import Strategy
 from hasten.tuning.full import Full
+from tests.tiny import shape, training
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -59,11 +61,21 @@ def test_paths_follow_from_the_plan() -> None:
     assert stage.record("compress", "int8") == Path("artifacts/p/runs/compress-int8.json")
 
 
-def test_a_fits_scratch_folder_is_another_one_for_other_work() -> None:
-    stage = Stage(plan="p")
-    folders = {stage.scratch("pretrain", "a" * 64), stage.scratch("pretrain", "b" * 64), stage.scratch("x", "a" * 64)}
-    assert len(folders) == 3
-    assert all(folder.parts[0] == ".work" for folder in folders)  # not in artifacts: DVC empties those before a stage
+def test_a_fits_scratch_folder_is_another_one_for_other_work_but_not_for_another_place() -> None:
+    def folder(stage: str = "pretrain", tokens: str = "a", **changes: Any) -> Path:
+        return Pretrain(plan="p", model=shape(), training=training(**changes)).scratch(stage, {"tokens": tokens})
+
+    others = {
+        folder(),
+        folder(tokens="b"),
+        folder("x"),
+        folder(steps=13),
+        folder(dropout=0.1),
+        folder(mixture={"a": 2}),
+    }
+    assert len(others) == 6
+    assert folder(strategy=Strategy.ddp, processes=2, workers=3, threads=7, checkpoint_every_steps=1) == folder()
+    assert all(path.parts[0] == ".work" for path in others)  # not in artifacts: DVC empties those before a stage
 
 
 @pytest.mark.parametrize(

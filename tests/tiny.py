@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 
 from hasten.artifacts import Checkpoint, Tokens, Variant, write_json
+from hasten.ceilings import record_path
+from hasten.hardware import machine
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Decoder
 from hasten.model.huggingface import network_tensors, save_checkpoint
@@ -72,14 +75,15 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 def write_tokens(folder: Path, train: int = 4000, validation: int = 400) -> Tokens:
-    """Counting sequences (learnable) in documents of 20 tokens, every other one English."""
+    """Counting sequences (learnable) in documents of 20 tokens, the first half English, of source `counting`."""
     folder.mkdir(parents=True, exist_ok=True)
     splits: dict[str, Any] = {}
     for split, size in (("train", train), ("validation", validation)):
         (np.arange(size) % 40 + 3).astype(np.uint16).tofile(folder / f"{split}.bin")
         offsets = np.append(np.arange(0, size, 20), size).astype(np.int64)
         np.save(folder / f"{split}.offsets.npy", offsets)
-        codes = (np.arange(len(offsets) - 1) % 2).astype(np.uint8)
+        documents = len(offsets) - 1
+        codes = (np.arange(documents) >= (documents + 1) // 2).astype(np.uint8)
         np.save(folder / f"{split}.languages.npy", codes)
         counts = {name: int(np.diff(offsets)[codes == code].sum()) for code, name in enumerate(("en", "zh"))}
         splits[split] = {
@@ -87,7 +91,11 @@ def write_tokens(folder: Path, train: int = 4000, validation: int = 400) -> Toke
             for code, name in enumerate(("en", "zh"))
         }
     facts = {"schema": 1, "kind": "tokens", "dtype": "uint16", "languages": ["en", "zh"], "vocab_size": VOCABULARY}
-    write_json(folder / "manifest.json", {**facts, "splits": splits})
+    groups = [
+        {"source": "counting", "language": name, "splits": {split: sizes[name] for split, sizes in splits.items()}}
+        for name in ("en", "zh")
+    ]
+    write_json(folder / "manifest.json", {**facts, "splits": splits, "groups": groups})
     return Tokens(folder)
 
 
@@ -117,6 +125,19 @@ def write_variant(folder: Path, model: Network | None = None) -> Variant:
     return made
 
 
+def write_ceilings(folder: Path, threads: int) -> None:
+    """What this machine would have measured, so that a stage in `folder` does not measure for half a minute."""
+    where = folder / ".work" / "ceilings"
+    where.mkdir(parents=True, exist_ok=True)
+    reads = [{"working_set_bytes": size, "bytes_per_second": 1e10} for size in (2**20, 2**30)]
+    record = {
+        "schema": 1, "machine": machine()["id"], "attempts": 1, "validity": "valid", "device": "cpu",
+        "read_bytes_per_second": reads, "cache_bytes_per_second": 1e10, "dram_bytes_per_second": 1e10,
+        "matmul_flops_per_second": {"float32": 1e11, "bfloat16": 2e11, "float16": None, "int8": None}, "why": {},
+    }  # fmt: skip
+    write_json(record_path(machine()["id"], threads, folder=where), record)
+
+
 def training(**changes: Any) -> Training:
     """A dozen float32 steps on one thread."""
     fields: dict[str, Any] = {
@@ -135,13 +156,21 @@ def training(**changes: Any) -> Training:
 
 
 class Curves:
-    """Where a fit's figures go: (step, values) in order."""
+    """Where a fit's figures and texts go: (step, values) in order, texts by name."""
 
     def __init__(self) -> None:
-        self.points: list[tuple[int | None, dict[str, float]]] = []
+        self.points: list[tuple[int | None, dict[str, float | None]]] = []
+        self.texts: dict[str, str] = {}
+        self.description = ""
 
-    def metrics(self, values: dict[str, float], step: int | None = None) -> None:
+    def metrics(self, values: Mapping[str, float | None], step: int | None = None) -> None:
         self.points.append((step, dict(values)))
 
+    def text(self, name: str, content: str) -> None:
+        self.texts[name] = content
+
+    def describe(self, markdown: str) -> None:
+        self.description = markdown
+
     def curve(self, name: str) -> dict[int | None, float]:
-        return {step: values[name] for step, values in self.points if name in values}
+        return {step: value for step, values in self.points if (value := values.get(name)) is not None}

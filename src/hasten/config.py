@@ -22,7 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from hasten.errors import EXIT_CODE, UserError
+from hasten.errors import EXIT_CODE, TogetherError, UserError
+from hasten.ranks import exit_code, rank, started_by_the_first
 
 Root = TypeVar("Root")
 
@@ -40,6 +41,7 @@ QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # the default waits four minutes for a server that is not there
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",
@@ -114,7 +116,7 @@ def stage(root: type[Root]) -> Callable[[Callable[[Root], Any]], Callable[[], No
                     sentence = user_sentence(error)
                     if sentence is None or HydraConfig.get().mode is RunMode.MULTIRUN:
                         raise  # the launcher notes the failed job and goes on with the others
-                    fail(name, sentence)
+                    fail(name, sentence, together=isinstance(error, TogetherError))
 
             try:
                 register(name, root)
@@ -173,19 +175,22 @@ def options_of(component: Any) -> set[str]:
     return {field.name for field in fields(component)} if is_dataclass(component) else set()
 
 
-def fail(stage_name: str, sentence: str) -> NoReturn:
-    """One sentence on stderr, exit code 2."""
-    sys.stderr.write(f"{stage_name}: {sentence}\n")
-    sys.exit(EXIT_CODE)
+def fail(stage_name: str, sentence: str, *, together: bool = False) -> NoReturn:
+    """One sentence on stderr, exit code 2. together: all processes of the job say so, so that one is enough."""
+    if rank() == 0:
+        sys.stderr.write(f"{stage_name}: {sentence}\n")
+    elif not together:
+        sys.stderr.write(f"{stage_name}: process {rank()}: {sentence}\n")
+    sys.exit(exit_code(EXIT_CODE) if together else EXIT_CODE)
 
 
 def die_with_parent() -> None:
-    """Under DVC, end this process when `dvc` is killed, so that no orphan writes beside its successor.
+    """End this process when `dvc`, or the first process of a fit, is killed: no orphan writes beside its successor.
 
     Linux only (PR_SET_PDEATHSIG, prctl(2)); elsewhere an orphan is held off by the stage's lock. Called by hand, a
     stage may outlive its shell (`nohup`).
     """
-    if sys.platform != "linux" or "DVC_STAGE" not in os.environ:
+    if sys.platform != "linux" or not ("DVC_STAGE" in os.environ or started_by_the_first()):
         return
     import ctypes
 

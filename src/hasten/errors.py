@@ -18,6 +18,10 @@ class UserError(ValueError):
     """Something the user gave cannot be used; the message says what, and what would be accepted."""
 
 
+class TogetherError(UserError):
+    """Raised in all processes of a job at the same place, so that the first one says it for all."""
+
+
 def one_of(field: str, value: object, accepted: object) -> UserError:
     """`UserError` in the house style: ``bits must be one of [4, 8], got 5``."""
     return UserError(f"{field} must be one of {accepted}, got {value!r}")

@@ -6,7 +6,10 @@ through the commands in `dvc.yaml`. Paths follow from the plan's name.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +31,7 @@ from hasten.model.recipe import ModelRecipe
 from hasten.scenario.base import Scenario
 from hasten.task.base import Task
 from hasten.tokenizer.base import TokenizerRecipe
-from hasten.training.options import Training
+from hasten.training.options import PLACEMENT, Training
 from hasten.tuning.base import Tuning
 
 if TYPE_CHECKING:
@@ -73,9 +76,13 @@ class Stage:
         """Where the record of this stage's run goes."""
         return self.folder / "runs" / (f"{stage}-{item}.json" if item else f"{stage}.json")
 
-    def scratch(self, stage: str, key: str) -> Path:
-        """Where a fit keeps its running checkpoint, named by the hash of everything that decides it."""
-        return Path(".work", "fits", f"{stage}-{key[:16]}")
+    def scratch(self, stage: str, inputs: Mapping[str, str]) -> Path:
+        """Where a fit keeps its running checkpoint: named by all that decides its result, not by where it runs."""
+        from hasten.tracking.run import flat
+
+        decides = {name: value for name, value in flat(self).items() if name.removeprefix("training.") not in PLACEMENT}
+        content = json.dumps([stage, decides, dict(inputs)], sort_keys=True, default=str)
+        return Path(".work", "fits", f"{stage}-{hashlib.sha256(content.encode()).hexdigest()[:16]}")
 
 
 class Limited:
@@ -137,18 +144,22 @@ class Pretrain(Stage):
 class Finetune(Stage):
     """A base model and tasks to a tuned model.
 
-    prompt_loss_weight: how much predicting the prompt counts beside predicting the completion.
+    prompt_loss_weight: how much predicting the prompt counts beside predicting the completion. rehearsal: which share
+    of the loss is that of pre-training text, so that the model does not unlearn to write. max_tokens: the longest item.
     """
 
     tuning: Tuning = MISSING
     training: Training = field(default_factory=Training)
     prompt_loss_weight: float = 0.0
+    rehearsal: float = 0.0
     max_tokens: int = 192
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.prompt_loss_weight <= 1:
             raise UserError(f"prompt_loss_weight must lie between 0 and 1, got {self.prompt_loss_weight}")
+        if not 0 <= self.rehearsal < 1:
+            raise UserError(f"rehearsal must be at least 0 and below 1, got {self.rehearsal}")
         if self.max_tokens < 8:
             raise UserError(f"max_tokens must be at least 8, got {self.max_tokens}")
 

@@ -8,19 +8,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hasten.artifacts import Checkpoint, load_checkpoint
+from hasten.artifacts import Checkpoint, Tokens, load_checkpoint
 from hasten.engine.base import Request
 from hasten.engine.eager import Eager
 from hasten.errors import UserError
+from hasten.model.decoder import Decoder
+from hasten.model.huggingface import load_network
 from hasten.task.base import Item
 from hasten.tokenizer.base import Tokenizer, load_tokenizer
 from hasten.training import finetuning
 from hasten.training.data import Example
-from hasten.training.finetuning import accuracy, example, finetune
+from hasten.training.finetuning import accuracy, example, finetune, refuse_unfit
 from hasten.training.loop import Fitted
+from hasten.training.options import Strategy
+from hasten.training.pretraining import held_out, pretrain
+from hasten.tuning.base import Tuning
 from hasten.tuning.full import Full
+from hasten.tuning.lora import Lora
 from tests.fakes import FakeTaskData
-from tests.tiny import Curves, decoder, training, write_checkpoint, write_tokenizer, write_variant
+from tests.tiny import (
+    Curves,
+    decoder,
+    lstm_shape,
+    shape,
+    training,
+    write_checkpoint,
+    write_tokenizer,
+    write_tokens,
+    write_variant,
+)
 
 
 def items(count: int, first: int = 0) -> list[Item]:
@@ -46,16 +62,26 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def tuned(
-    base: Checkpoint, target: Path, *, tasks: list[Any] | None = None, metrics: Curves | None = None, **changes: Any
+    base: Checkpoint,
+    target: Path,
+    *,
+    tasks: list[Any] | None = None,
+    tokens: Tokens | None = None,
+    tuning: Tuning | None = None,
+    rehearsal: float = 0.0,
+    metrics: Curves | None = None,
+    **changes: Any,
 ) -> Fitted:
     fields: dict[str, Any] = {"steps": 0, "epochs": 3, "batch_size": 8, "validate_every_steps": 10, **changes}
     return finetune(
         base,
         tasks or [task()],
+        tokens,
         load_tokenizer(base.path),
-        Full(),
+        tuning or Full(),
         training(**fields),
         prompt_loss_weight=0.0,
+        rehearsal=rehearsal,
         max_tokens=32,
         seed=0,
         scratch=target.with_name("scratch"),
@@ -76,6 +102,7 @@ def test_fine_tuning_teaches_the_task_and_saves_a_checkpoint_with_its_tokenizer(
     checkpoint = load_checkpoint(tmp_path / "tuned")
     assert checkpoint.config == base.config
     assert (checkpoint.manifest["stage"], checkpoint.manifest["steps"]) == ("finetune", 80)
+    assert not (tmp_path / "scratch").exists()  # nothing to resume any more
     session = Eager(threads=1).load(checkpoint, tmp_path)  # type: ignore[arg-type]
     reader = load_tokenizer(checkpoint.path)  # it travelled along
     answers = [
@@ -95,7 +122,7 @@ def test_the_same_seed_gives_the_same_artifact_bytes(base: Checkpoint, tmp_path:
     ("changes", "steps"),
     [
         ({"epochs": 2}, 20),  # 80 items in batches of 8
-        ({"epochs": 3, "accumulate": 2}, 15),
+        ({"epochs": 3, "accumulate": 2}, 30),  # the passes of a step share its batch
         ({"steps": 7, "epochs": 0}, 7),
         ({"steps": 13, "epochs": 0, "accumulate": 2}, 13),
     ],
@@ -106,12 +133,84 @@ def test_epochs_or_steps_decide_the_length(
     assert tuned(base, tmp_path / "tuned", **changes).steps == steps
 
 
-def test_too_few_items_for_one_accumulated_step_are_refused_not_silently_untrained(
-    base: Checkpoint, tmp_path: Path
+def test_lora_teaches_the_task_and_leaves_a_plain_checkpoint(base: Checkpoint, tmp_path: Path) -> None:
+    curves = Curves()
+    tuned(base, tmp_path / "tuned", tuning=Lora(rank=4), metrics=curves, epochs=8, validate_every_steps=80)
+    assert curves.curve("accuracy_parity")[80] > 0.8
+    before, after = base.tensors(), load_checkpoint(tmp_path / "tuned").tensors()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert moved == {name for name in before if name.endswith("_proj.weight")}
+
+
+def test_packed_items_teach_what_padded_ones_teach(base: Checkpoint, tmp_path: Path) -> None:
+    curves = Curves()
+    tuned(base, tmp_path / "tuned", metrics=curves, packing=True, batch_size=4, epochs=20, validate_every_steps=100)
+    assert max(curves.curve("accuracy_parity").values()) > 0.9
+
+
+def test_rehearsing_text_keeps_what_fine_tuning_alone_unlearns(tmp_path: Path) -> None:
+    tokens = write_tokens(tmp_path / "tokens")
+    write_tokenizer(tmp_path / "tokenizer")
+    options = training(steps=60, validate_every_steps=60)
+    pretrain(
+        tokens, tmp_path / "tokenizer", shape(), options,
+        seed=0, scratch=tmp_path / "s", target=tmp_path / "base", metrics=Curves(),
+    )  # fmt: skip
+    base, losses = load_checkpoint(tmp_path / "base"), {}
+    for rehearsal in (0.0, 0.5):
+        target = tmp_path / f"tuned-{rehearsal}"
+        tuned(base, target, tokens=tokens, rehearsal=rehearsal, epochs=4, sequence_length=16)
+        with torch.no_grad():
+            losses[rehearsal] = held_out(load_network(load_checkpoint(target)), tokens, options)["validation_loss"]
+    assert losses[0.5] < 0.5 * losses[0.0]
+
+
+def test_early_stopping_exports_the_best_weights_and_says_so(
+    base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"training\.accumulate"):
-        tuned(base, tmp_path / "tuned", tasks=[task(train=5)], epochs=1, accumulate=2)
-    assert not (tmp_path / "tuned").exists()
+    scores, norms = iter([0.5, 0.7, 0.6, 0.7, 0.9]), []
+
+    def scripted(model: Decoder, items: Any, pad: int) -> float:
+        norms.append(model.model.norm.weight.detach().clone())
+        return next(scores)
+
+    monkeypatch.setattr(finetuning, "accuracy", scripted)
+    curves = Curves()
+    result = tuned(
+        base, tmp_path / "tuned", metrics=curves, steps=50, epochs=0, validate_every_steps=3, patience=2,
+        checkpoint_every_steps=5,
+    )  # fmt: skip
+    assert result.steps == 12  # 0.6 and 0.7 are no better than 0.7
+    assert result.validation == {"accuracy_parity": 0.7}
+    assert torch.equal(load_checkpoint(tmp_path / "tuned").tensors()["model.norm.weight"], norms[1])
+    assert "stopped before step 50" in curves.description
+
+
+@pytest.mark.parametrize(
+    ("config", "tuning", "changes", "sentence"),
+    [
+        (shape(context=16), Full(), {}, r"max_tokens must be at most the model's context \(16\), got 32"),
+        (
+            shape(),
+            Full(),
+            {"packing": True, "sequence_length": 65},
+            r"training.sequence_length must be .* \(64\), got 65",
+        ),
+        (lstm_shape(), Full(), {"packing": True}, "training.packing must be false for an LSTM"),
+        (
+            shape(),
+            Lora(),
+            {"strategy": Strategy.tensor_parallel, "processes": 2},
+            r"training.strategy must be one of \['single', 'ddp', 'fsdp'\] with tuning=lora, got 'tensor_parallel'",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    config: Any, tuning: Tuning, changes: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        refuse_unfit(config, tuning, training(**changes), 32)
 
 
 def test_every_task_is_validated_on_a_bounded_number_of_its_items(
@@ -130,7 +229,7 @@ def test_every_task_is_validated_on_a_bounded_number_of_its_items(
 
 def test_an_item_is_its_prompt_after_bos_and_its_completion_before_eos(tokenizer: Tokenizer) -> None:
     made = example(Item("a", "a", "en", "w7 w8", "w9"), tokenizer, 5, "t")
-    assert made == Example((0, 7, 8, 9, 1), 3)
+    assert made == Example((0, 7, 8, 9, 1), 3, "t", "en")
 
 
 def test_an_item_that_is_too_long_is_refused_by_name_and_length(tokenizer: Tokenizer) -> None:

@@ -40,6 +40,7 @@ def test_loss_and_gradients_equal_the_textbooks_whatever_the_chunk(seed: int, ch
         "prompt_tokens": torch.tensor([1, 4, 9]),  # nothing to a decoder
     }
     batch["weights"][0, 1] = 1.0  # at least one token counts
+    batch["total"] = batch["weights"][:, 1:].sum()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "CHUNK", chunk)
         ours = weighted_loss(model, batch)
@@ -57,22 +58,45 @@ def test_tokens_of_no_weight_change_neither_loss_nor_gradient() -> None:
     weights = torch.tensor([0.0, 1, 1, 1, 1, 0, 0, 0]).repeat(2, 1)
     changed = ids.clone()
     changed[:, 5:] = 2  # padding
-    rest = {"weights": weights, "prompt_tokens": torch.tensor([1, 1])}
+    rest = {"weights": weights, "prompt_tokens": torch.tensor([1, 1]), "total": weights.sum()}
     before = gradients(model, weighted_loss(model, {"ids": ids, **rest}))
     after = gradients(model, weighted_loss(model, {"ids": changed, **rest}))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_an_encoder_decoder_is_judged_on_what_follows_the_prompt_alone() -> None:
+def test_an_encoder_decoder_is_judged_on_what_follows_the_prompt() -> None:
     model, ids = lstm(spread=0.3), torch.randint(3, 100, (2, 8))
-    batch = {"ids": ids, "weights": torch.ones(2, 8), "prompt_tokens": torch.tensor([3, 6])}
-    batch["weights"][:, 0] = 0
-    loss = weighted_loss(model, batch)
-    hidden = model.hidden(ids, batch["prompt_tokens"])
+    prompts = torch.tensor([3, 6])
+    weights = (torch.arange(8) >= prompts[:, None]).float()
+    loss = weighted_loss(model, {"ids": ids, "weights": weights, "prompt_tokens": prompts, "total": weights.sum()})
+    hidden = model.hidden(ids, prompts)
     first = F.cross_entropy(model.lm_head(hidden[0, 2:7]), ids[0, 3:])
     second = F.cross_entropy(model.lm_head(hidden[1, 5:7]), ids[1, 6:])
     assert loss.item() == pytest.approx((5 * first + 2 * second).item() / 7, rel=1e-5)
-    assert batch["weights"].sum() == 14  # the batch is left as it was
+
+
+def test_the_parts_of_a_step_add_up_to_its_mean_however_unequal_they_are() -> None:
+    model, ids = decoder(), torch.randint(3, 100, (3, 8))
+    weights = (torch.arange(8) < torch.tensor([[8], [3], [2]])).float()
+    weights[:, 0] = 0
+    whole = {"ids": ids, "weights": weights, "prompt_tokens": torch.ones(3, dtype=torch.int64), "total": weights.sum()}
+    parts = [{**{k: v[i : i + 1] for k, v in whole.items() if k != "total"}, "total": weights.sum()} for i in range(3)]
+    assert sum(weighted_loss(model, part).item() for part in parts) == pytest.approx(weighted_loss(model, whole).item())
+
+
+def test_documents_of_a_row_are_scored_as_if_each_were_alone() -> None:
+    model, ids = decoder(), torch.randint(3, 100, (1, 10))
+    rest = {"prompt_tokens": torch.ones(1, dtype=torch.int64)}
+    weights = torch.tensor([[0.0, 1, 1, 1, 0, 1, 1, 1, 1, 1]])
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]], dtype=torch.int32)
+    together = weighted_loss(
+        model, {"ids": ids, "weights": weights, "documents": documents, "total": weights.sum(), **rest}
+    )
+    apart = [
+        weighted_loss(model, {"ids": ids[:, part], "weights": weights[:, part], "total": weights.sum(), **rest})
+        for part in (slice(0, 4), slice(4, 10))
+    ]
+    assert together.item() == pytest.approx(sum(one.item() for one in apart), rel=1e-5)
 
 
 def test_token_losses_are_negative_log_probabilities_in_nats() -> None:
@@ -89,7 +113,8 @@ def test_token_losses_are_negative_log_probabilities_in_nats() -> None:
 def test_under_bfloat16_autocast_the_loss_stays_float32_and_close(kind: str) -> None:
     model = NETWORKS[kind](spread=0.1)
     split = torch.tensor([1, 8])
-    batch = {"ids": torch.randint(100, (2, 16)), "weights": torch.ones(2, 16), "prompt_tokens": split}
+    weights = (torch.arange(16) >= split[:, None]).float()
+    batch = {"ids": torch.randint(100, (2, 16)), "weights": weights, "prompt_tokens": split, "total": weights.sum()}
     with torch.autocast("cpu", torch.bfloat16):
         low = weighted_loss(model, batch)
     full = weighted_loss(model, batch)

@@ -9,8 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.errors import UserError
-from hasten.training.module import LanguageModel, learning_rate_factor
+from hasten.training.module import LanguageModel, draws_of, learning_rate_factor
+from hasten.training.options import Training
+from hasten.training.placement import place
 from tests.tiny import decoder, training
+
+
+def language_model(options: Training) -> LanguageModel:
+    return LanguageModel(decoder(), lambda share: [], options, place(options), steps=1, seed=0)  # type: ignore[arg-type,return-value]
 
 
 def test_the_learning_rate_rises_linearly_then_falls_along_a_cosine_to_its_final_fraction() -> None:
@@ -39,7 +45,7 @@ def test_the_learning_rate_is_never_above_its_peak_nor_zero_in_warm_up(
 
 @pytest.mark.parametrize(("limit", "norm_after"), [(0.5, 0.5), (0.0, None)])
 def test_gradients_are_clipped_to_the_limit_and_the_norm_before_is_kept(limit: float, norm_after: float | None) -> None:
-    module = LanguageModel(decoder(), training(gradient_clip=limit), steps=1)
+    module = language_model(training(gradient_clip=limit))
     for parameter in module.trainable():
         parameter.grad = torch.full_like(parameter, 0.3)
     before = math.sqrt(sum(float(p.grad.square().sum()) for p in module.trainable() if p.grad is not None))
@@ -49,16 +55,21 @@ def test_gradients_are_clipped_to_the_limit_and_the_norm_before_is_kept(limit: f
     assert after == pytest.approx(before if norm_after is None else norm_after, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_is_one_sentence_with_the_step_and_the_learning_rate() -> None:
-    model = decoder()
-    with torch.no_grad():
-        model.model.norm.weight.fill_(torch.nan)
-    module = LanguageModel(model, training(learning_rate=0.25), steps=1)
+def test_a_gradient_that_is_not_finite_is_one_sentence_with_the_step_and_the_learning_rate() -> None:
+    module = language_model(training(learning_rate=0.25))
     module.trainer = type("Trainer", (), {"global_step": 7})()  # type: ignore[assignment]
-    ids = torch.ones(1, 4, dtype=torch.int64)
-    batch = {"ids": ids, "weights": torch.ones(1, 4), "prompt_tokens": torch.tensor([1])}
-    with pytest.raises(UserError, match=r"the loss is nan at step 7; lower training\.learning_rate \(now 0\.25\)"):
-        module.training_step(batch, 0)
+    module._losses = [torch.tensor(math.nan)]
+    for parameter in module.trainable():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    sentence = r"the loss is nan and the gradient nan at step 7; lower training\.learning_rate \(now 0\.25\)"
+    with pytest.raises(UserError, match=sentence):
+        module.on_before_optimizer_step(module.configure_optimizers()["optimizer"])
+
+
+def test_what_a_pass_draws_depends_on_seed_pass_and_share_alone() -> None:
+    seeds = {draws_of(seed, index, rank) for seed in range(3) for index in range(50) for rank in range(2)}
+    assert len(seeds) == 300
+    assert draws_of(1, 2, 3) == draws_of(1, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +94,13 @@ def test_a_loss_that_is_not_finite_is_one_sentence_with_the_step_and_the_learnin
         ({"beta1": 1.0}, "training.beta1"),
         ({"beta2": -0.1}, "training.beta2"),
         ({"validation_tokens": 0}, "training.validation_tokens"),
+        ({"batch_size": 6, "accumulate": 4}, "training.batch_size must be divisible by training.accumulate (4), got 6"),
+        ({"dropout": 1.0}, "training.dropout must be at least 0 and below 1, got 1.0"),
+        ({"patience": -1}, "training.patience must be 0 or more, got -1"),
+        ({"workers": -1}, "training.workers must be 0 or more, got -1"),
+        ({"nodes": 0}, "training.nodes must be at least 1, got 0"),
+        ({"mixture": {"zh": -1.0}}, "training.mixture.zh must be 0 or more and finite, got -1.0"),
+        ({"mixture": {"zh": math.inf}}, "training.mixture.zh must be 0 or more and finite, got inf"),
     ],
 )
 def test_training_options_that_cannot_work_are_refused_by_name(changes: dict[str, Any], words: str) -> None:

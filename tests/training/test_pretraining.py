@@ -5,23 +5,28 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hasten.artifacts import Tokens, load_checkpoint
 from hasten.errors import UserError
 from hasten.model.decoder import Decoder
 from hasten.model.huggingface import load_network
+from hasten.model.shape import Shape
+from hasten.training import placement
 from hasten.training.loop import Fitted
-from hasten.training.loss import token_losses
-from hasten.training.pretraining import held_out, pretrain
-from tests.tiny import Curves, decoder, shape, training, write_tokenizer, write_tokens
+from hasten.training.options import Strategy
+from hasten.training.pretraining import held_out, openings, pretrain, refuse_unfit
+from tests.tiny import Curves, decoder, lstm, lstm_shape, shape, training, write_ceilings, write_tokenizer, write_tokens
 
 ROOT = Path(__file__).parents[2]
+TENSOR = {"strategy": Strategy.tensor_parallel, "processes": 2}
 ENDLESS = [
     *("training.steps=1000000", "training.batch_size=2", "training.sequence_length=16", "training.threads=1"),
     *("training.log_every_steps=1", "training.precision=float32", "model.layers=1", "model.hidden_size=16"),
@@ -37,11 +42,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(data: Path, target: Path, metrics: Curves | None = None, vocab_size: int = 0, **changes: Any) -> Fitted:
+def trained(
+    data: Path, target: Path, metrics: Curves | None = None, vocab_size: int = 0, context: int = 64, **changes: Any
+) -> Fitted:
     return pretrain(
         Tokens(data / "tokens"),
         data / "tokenizer",
-        shape(vocab_size=vocab_size),
+        shape(vocab_size=vocab_size, context=context),
         training(**changes),
         seed=3,
         scratch=target.with_name("scratch"),
@@ -75,9 +82,9 @@ def test_the_same_seed_gives_the_same_artifact_bytes(data: Path, tmp_path: Path)
 
 
 def test_epochs_become_steps_over_the_whole_text(data: Path, tmp_path: Path) -> None:
-    result = trained(data, tmp_path / "base", steps=0, epochs=2, batch_size=32, accumulate=2, validate_every_steps=99)
-    assert result.steps == math.ceil(2 * 4000 / (32 * 2 * 16))
-    assert result.tokens == result.steps * 32 * 2 * 16
+    result = trained(data, tmp_path / "base", steps=0, epochs=2, batch_size=64, accumulate=2, validate_every_steps=99)
+    assert result.steps == math.ceil(2 * 4000 / (64 * 16))
+    assert result.tokens == result.steps * 64 * 16
 
 
 def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(data: Path, tmp_path: Path) -> None:
@@ -88,7 +95,31 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(data: Path, tmp_pat
 
 def test_text_shorter_than_a_sequence_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="sequence_length must fit the train split, got 5000"):
-        trained(data, tmp_path / "base", sequence_length=5000)
+        trained(data, tmp_path / "base", context=8192, sequence_length=5000)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "sentence"),
+    [
+        (shape(), {"sequence_length": 65}, r"sequence_length must be at most model.context \(64\), got 65"),
+        (shape(), {"packing": True}, "training.packing must be false in pre-training"),
+        (shape(), {"mixture": {"fr": 2.0}}, "training.mixture must name groups that there are .*, got 'fr'"),
+        (lstm_shape(), {}, "documents_apart must be false for an LSTM"),
+        (
+            lstm_shape(),
+            {"documents_apart": False, "activation_checkpointing": True},
+            "activation_checkpointing must be",
+        ),
+        (lstm_shape(), {"documents_apart": False, **TENSOR}, "strategy must be single, ddp or fsdp for an LSTM"),
+        (shape(heads=3, kv_heads=1, hidden_size=48), TENSOR, r"tensor_parallel must divide model.heads \(3\), got 2"),
+    ],
+)
+def test_options_that_do_not_go_with_the_shape_are_refused(
+    data: Path, monkeypatch: pytest.MonkeyPatch, config: Shape, changes: dict[str, Any], sentence: str
+) -> None:
+    monkeypatch.setattr(placement, "cpu_count", lambda: 2)
+    with pytest.raises(UserError, match=sentence):
+        refuse_unfit(config, Tokens(data / "tokens"), training(**changes))
 
 
 def uniform() -> Decoder:
@@ -105,18 +136,26 @@ def test_bits_per_byte_of_a_uniform_model_are_its_tokens_bits_over_each_language
     assert figures["bits_per_byte_zh"] == pytest.approx(math.log2(100) / 3)
 
 
-def test_each_languages_figure_comes_from_its_own_documents(data: Path, tmp_path: Path) -> None:
-    tokens = write_tokens(tmp_path / "tokens", validation=160)
-    ids = np.asarray(tokens.ids("validation")).astype(np.int64).reshape(10, 16)
+def test_each_languages_figure_comes_from_its_own_documents_each_by_itself(tmp_path: Path) -> None:
+    tokens = write_tokens(tmp_path / "tokens", validation=160)  # 8 documents of 20 tokens, 4 of them English
+    ids = torch.from_numpy(np.asarray(tokens.ids("validation")).astype(np.int64))
     model = decoder(spread=0.1)
-    with torch.inference_mode():
-        losses = token_losses(model(torch.from_numpy(ids)), torch.from_numpy(ids)).numpy().reshape(-1)
-    place = np.arange(160)
     for code, language in enumerate(("en", "zh")):
-        own = (place // 20 % 2 == code) & (place % 16 > 0)  # documents of 20 tokens; a row's first is not predicted
-        expected = losses[own].mean() / math.log(2) / (2 + code)
+        losses = []
+        for start in range(80 * code, 80 * code + 80, 16):  # rows of 16; a document ends where 20 divides
+            cuts = [start, *(place for place in range(start + 1, start + 16) if place % 20 == 0), start + 16]
+            for first, end in pairwise(cuts):
+                with torch.inference_mode():
+                    logits = model(ids[None, first:end])[0, :-1]
+                losses.append(F.cross_entropy(logits, ids[first + 1 : end], reduction="none"))
+        expected = float(torch.cat(losses).mean()) / math.log(2) / (2 + code)
         with torch.no_grad():
             assert held_out(model, tokens, training())[f"bits_per_byte_{language}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_lstm_is_scored_across_documents(data: Path) -> None:
+    figures = held_out(lstm().requires_grad_(False), Tokens(data / "tokens"), training(documents_apart=False))
+    assert 0 < figures["validation_loss"] < 50
 
 
 @pytest.mark.parametrize(("validation", "tokens"), [(5, 65536), (400, 3), (17, 65536)])
@@ -128,12 +167,21 @@ def test_little_held_out_text_or_a_small_limit_still_gives_a_figure(
     assert figures["validation_loss"] == pytest.approx(math.log(100))
 
 
-def test_validation_scores_no_more_than_its_limit(data: Path) -> None:
+def test_validation_scores_no_more_than_its_limit_of_every_group(data: Path) -> None:
     rows = []
     model = decoder().requires_grad_(False)
-    model.register_forward_hook(lambda module, args, output: rows.append(args[0].shape))
-    held_out(model, Tokens(data / "tokens"), training(validation_tokens=100, batch_size=4))
-    assert [tuple(shape) for shape in rows] == [(4, 16), (2, 16)]  # 6 x 16 = 96 tokens
+    model.model.register_forward_hook(lambda module, args, output: rows.append(args[0].shape))
+    held_out(model, Tokens(data / "tokens"), training(validation_tokens=100))
+    assert [tuple(shape) for shape in rows] == [(3, 16), (3, 16)]  # 48 of 50 tokens of each language
+
+
+def test_samples_begin_as_documents_do_of_every_group_in_turn(data: Path) -> None:
+    tokens = Tokens(data / "tokens")
+    found = openings(tokens, 3, length=5)
+    english, chinese = tokens.groups("validation")
+    places = (0, chinese.start_token, 20)  # the second English document begins at 20
+    assert english.start_token == 0
+    assert found == [tokens.ids("validation")[place : place + 5].tolist() for place in places]
 
 
 def test_a_stage_ended_by_sigterm_exits_with_143_and_has_saved_but_exported_nothing(data: Path, tmp_path: Path) -> None:
@@ -141,6 +189,7 @@ def test_a_stage_ended_by_sigterm_exits_with_143_and_has_saved_but_exported_noth
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts/p").symlink_to(data)
     (tmp_path / "conf").symlink_to(ROOT / "conf")
+    write_ceilings(tmp_path, threads=1)
     store = f"sqlite:///{tmp_path}/mlflow.db"
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "pipelines/pretrain.py"), "plan=p", *ENDLESS],
@@ -160,7 +209,7 @@ def test_a_stage_ended_by_sigterm_exits_with_143_and_has_saved_but_exported_noth
     finally:
         process.kill()
     assert "Traceback" not in rest
-    saved = list((tmp_path / ".work/fits").glob("pretrain-*/last.ckpt"))
+    saved = list((tmp_path / ".work/fits").glob("pretrain-*/step-*.ckpt"))
     assert len(saved) == 1
     assert torch.load(saved[0], weights_only=False)["global_step"] >= 20
     assert not (tmp_path / "artifacts/p/checkpoints").exists()

@@ -1,68 +1,136 @@
-"""Fine-tuning: a base model and tasks to a tuned model."""
+"""Fine-tuning: a base model and tasks to a tuned model.
+
+Only what the model writes is learnt (the prompt's weight is 0 unless asked for). Text that it was trained on can be
+mixed in, so that learning to answer does not undo learning to write.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
+from torch.utils.data import Dataset
 
-from hasten.artifacts import Checkpoint, replacing
+from hasten.artifacts import Checkpoint, Json, Tokens, replacing
 from hasten.errors import UserError
 from hasten.model.huggingface import load_network, network_tensors, save_checkpoint
+from hasten.model.lstm_config import LstmConfig
 from hasten.model.network import Network
+from hasten.model.shape import Shape
 from hasten.task.base import Item
 from hasten.task.data import TaskData
 from hasten.tokenizer.base import Tokenizer
-from hasten.training.data import Example, TaskBatches, padded
-from hasten.training.loop import Fitted, Metrics, fit
+from hasten.training.data import (
+    WHOLE,
+    Batch,
+    Example,
+    PackedExamples,
+    PackedTokens,
+    Rehearsed,
+    Share,
+    TaskBatches,
+    padded,
+)
+from hasten.training.loop import Fitted, fit
 from hasten.training.options import Training
+from hasten.training.placement import place
+from hasten.training.review import samples
+from hasten.training.sharding import refuse_unsplittable
+from hasten.training.watch import Metrics
 from hasten.tuning.base import Tuning
 
 VALIDATION_ITEMS = 200  # per task; the engines measure all of them later
 
 
+def refuse_unfit(config: Shape, tuning: Tuning, options: Training, max_tokens: int) -> None:
+    """Raises `UserError` for options that a network of that shape cannot be fine-tuned with."""
+    longest = options.sequence_length if options.packing else max_tokens
+    name = "training.sequence_length" if options.packing else "max_tokens"
+    if longest > config.context:
+        raise UserError(f"{name} must be at most the model's context ({config.context}), got {longest}")
+    if options.packing and not options.documents_apart:
+        raise UserError("training.documents_apart must be true where items are packed, got false")
+    for name in ("packing", "activation_checkpointing"):
+        if isinstance(config, LstmConfig) and getattr(options, name):
+            raise UserError(f"training.{name} must be false for an LSTM, got true")
+    tuning.refuse_strategy(options.strategy.name)
+    refuse_unsplittable(config, place(options).tensor)
+
+
 def finetune(
     base: Checkpoint,
     tasks: Sequence[TaskData],
+    tokens: Tokens | None,
     tokenizer: Tokenizer,
     tuning: Tuning,
     options: Training,
     *,
     prompt_loss_weight: float,
+    rehearsal: float,
     max_tokens: int,
     seed: int,
     scratch: Path,
     target: Path,
     metrics: Metrics,
+    ceilings: Json | None = None,
 ) -> Fitted:
-    """Teach the base model its tasks and write the checkpoint to `target`."""
+    """Teach the base model its tasks and write the checkpoint to `target`.
+
+    tokens: text to rehearse, a row for every four items, which has `rehearsal` of the weight of every step's loss;
+    needed where that is above 0.
+    """
     model = load_network(base)
+    refuse_unfit(model.config, tuning, options, max_tokens)
     examples = [example(item, tokenizer, max_tokens, task.path.name) for task in tasks for item in task.items("train")]
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
-    per_epoch = -(-len(examples) // options.batch_size)
-    steps = options.steps or per_epoch * options.epochs // options.accumulate
-    if steps < 1:
-        raise UserError(
-            f"training.accumulate must leave at least one step, got {options.accumulate} "
-            f"for {per_epoch * options.epochs} batches ({len(examples)} items)"
+
+    def questions(share: Share) -> TaskBatches:
+        length = {"length": options.sequence_length} if options.packing else {}
+        return (PackedExamples if options.packing else TaskBatches)(
+            examples,
+            steps=options.steps,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            seed=seed,
+            prompt_weight=prompt_loss_weight,
+            pad_id=pad_id,
+            mixture=options.mixture,
+            encodes_prompt=not model.predicts_prompt,
+            share=share,
+            **length,
         )
-    epochs = options.epochs or -(-steps * options.accumulate // per_epoch)
-    batches = TaskBatches(
-        examples,
-        epochs=epochs,
-        batch_size=options.batch_size,
-        seed=seed,
-        prompt_weight=prompt_loss_weight,
-        pad_id=pad_id,
-    )
-    held_out = {
-        task.path.name: [
-            example(item, tokenizer, max_tokens, task.path.name) for item in task.items("validation")[:VALIDATION_ITEMS]
-        ]
-        for task in tasks
+
+    steps, placement = questions(WHOLE).steps, place(options)
+    parts = placement.data * options.accumulate
+
+    def text(share: Share) -> PackedTokens:
+        assert tokens is not None, "rehearsal needs tokens"
+        return PackedTokens(
+            tokens,
+            "train",
+            steps=steps,
+            batch_size=max(parts, options.batch_size // 4 // parts * parts),
+            length=min(options.sequence_length, model.config.context),
+            seed=seed,
+            apart=model.separates_documents,
+            encodes_prompt=not model.predicts_prompt,
+            share=share,
+        )
+
+    def batches(share: Share) -> Dataset[Batch]:
+        return Rehearsed(questions(share), text(share), rehearsal) if rehearsal else questions(share)
+
+    held_out = {task.path.name: task.items("validation")[:VALIDATION_ITEMS] for task in tasks}
+    checked = {
+        name: [example(item, tokenizer, max_tokens, name) for item in items]
+        for name, items in held_out.items()
+        if items
     }
-    tuning.attach(model)
+    prompts = [tokenizer.prompt_ids(items[0].prompt) for items in held_out.values() if items][: options.sample_prompts]
+    tuning.attach(model, seed=seed, low_precision=placement.low and not placement.sharded)
     fitted = fit(
         model,
         batches,
@@ -70,12 +138,17 @@ def finetune(
         steps=steps,
         scratch=scratch,
         seed=seed,
-        validate=lambda decoder: {
-            f"accuracy_{name}": accuracy(decoder, items, pad_id) for name, items in held_out.items() if items
+        validate=lambda network: {
+            f"accuracy_{name}": accuracy(network, items, pad_id) for name, items in checked.items()
         },
         metrics=metrics,
         title="finetune",
+        samples=lambda network: samples(network, prompts, tokenizer, options.sample_tokens),
+        mean_length=round(fmean(len(one.ids) for one in examples)),
+        ceilings=ceilings,
     )
+    if not fitted.exports:
+        return fitted
     tuning.merge(model)
     with replacing(target) as folder:
         manifest = {
@@ -87,6 +160,7 @@ def finetune(
             "validation": fitted.validation,
         }
         save_checkpoint(folder, base.config, network_tensors(model), base.path, manifest)
+    shutil.rmtree(scratch, ignore_errors=True)
     return fitted
 
 
@@ -98,7 +172,7 @@ def example(item: Item, tokenizer: Tokenizer, max_tokens: int, task: str) -> Exa
             f"max_tokens must fit every item: item {item.id} of task {task} has "
             f"{len(prompt) + len(completion)} tokens, max_tokens is {max_tokens}"
         )
-    return Example((*prompt, *completion), len(prompt))
+    return Example((*prompt, *completion), len(prompt), task, item.language)
 
 
 def accuracy(model: Network, examples: Sequence[Example], pad_id: int, batch_size: int = 64) -> float:

@@ -28,18 +28,15 @@ def token_losses(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def weighted_loss(model: Network, batch: Batch) -> Tensor:
-    """Mean cross-entropy over tokens, weighted. Logits are computed only where a token counts.
+    """Weighted cross-entropy of the batch's tokens over the weight of the whole step's: its part of the step's mean.
 
-    A token of the prompt counts for nothing where the network reads prompts without predicting them.
+    Logits are computed only where a token counts.
     """
     ids, weights = batch["ids"], batch["weights"][:, 1:]
-    if not model.predicts_prompt:
-        places = torch.arange(1, ids.shape[1], device=ids.device)
-        weights = weights * (places >= batch["prompt_tokens"][:, None])
     counted = weights > 0  # (B, T - 1)
-    hidden = model.hidden(ids, batch["prompt_tokens"])[:, :-1][counted]  # (N, hidden)
+    hidden = model.hidden(ids, batch["prompt_tokens"], batch.get("documents"))[:, :-1][counted]  # (N, hidden)
     total: Tensor = LinearCrossEntropy.apply(hidden, model.lm_head.weight, ids[:, 1:][counted], weights[counted])  # type: ignore[no-untyped-call]
-    return total / weights.sum()
+    return total / batch["total"]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -50,7 +47,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         x, w = hidden.to(dtype), head.to(dtype)
-        grad_hidden, grad_head = torch.empty_like(x), torch.zeros_like(head)
+        grad_hidden, grad_head = torch.empty_like(x), torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=hidden.device)
         with torch.autocast(kind, enabled=False):
             for start in range(0, len(x), CHUNK):
@@ -63,12 +60,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                 slope.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=slope.dtype))
                 slope = (slope * weight).to(dtype)
                 grad_hidden[rows] = slope @ w
-                grad_head += slope.T @ x[rows]
+                if grad_head is not None:
+                    grad_head += slope.T @ x[rows]
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.dtype = hidden.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden.to(ctx.dtype) * grads[0], grad_head * grads[0], None, None
+        slope = grads[0]
+        return grad_hidden.to(ctx.dtype) * slope, None if grad_head is None else grad_head * slope, None, None

@@ -23,8 +23,10 @@ def build_optimiser(model: nn.Module, options: Training) -> torch.optim.Optimize
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if p.dim() >= 2 and "embed" not in name and "lm_head" not in name]
     embeddings = [p for name, p in named if p.dim() >= 2 and ("embed" in name or "lm_head" in name)]
-    vectors = [p for _, p in named if p.dim() < 2]
-    plain = [{"params": group, "weight_decay": 0.0} for group in (embeddings, vectors) if group]
+    # Tensor parallelism spreads a block's biases and head norms, not its other norms, and one kernel call takes either.
+    norms = [p for name, p in named if p.dim() < 2 and ("layernorm" in name or name == "model.norm.weight")]
+    spread = [p for name, p in named if p.dim() < 2 and not ("layernorm" in name or name == "model.norm.weight")]
+    plain = [{"params": group, "weight_decay": 0.0} for group in (embeddings, norms, spread) if group]
     muon = options.optimiser is Optimiser.muon and matrices
     if not muon and matrices:
         plain.insert(0, {"params": matrices, "weight_decay": options.weight_decay})
@@ -46,13 +48,23 @@ def build_optimiser(model: nn.Module, options: Training) -> torch.optim.Optimize
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimisers over different parameters that step as one; schedulers see all their groups."""
+    """Several optimisers over different parameters that step as one and keep one state: schedulers see all their
+    groups, and a checkpoint, sharded or not, is that of one optimiser.
+    """
 
     def __init__(self, optimisers: Iterable[torch.optim.Optimizer]) -> None:
         self.optimisers = list(optimisers)
         groups = list(itertools.chain.from_iterable(o.param_groups for o in self.optimisers))
         super().__init__([{"params": list(group["params"])} for group in groups], {})
         self.param_groups = groups  # the very same, so that a changed learning rate reaches its owner
+        self._share()
+
+    def _share(self) -> None:
+        """Let the members work on the common state and groups."""
+        groups = iter(self.param_groups)
+        for optimiser in self.optimisers:
+            optimiser.state = self.state
+            optimiser.param_groups = list(itertools.islice(groups, len(optimiser.param_groups)))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -64,10 +76,6 @@ class Together(torch.optim.Optimizer):
             optimiser.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for optimiser, state in zip(self.optimisers, state_dict["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-        self.param_groups = list(itertools.chain.from_iterable(o.param_groups for o in self.optimisers))
+        super().load_state_dict(state_dict)
+        self._share()

@@ -1,0 +1,111 @@
+"""Tiny fits for tests, alone or as one of several processes: `torchrun ... tests/training/fits.py JSON FOLDER`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from hasten.artifacts import Tokens, write_json
+from hasten.model.network import Network
+from hasten.training.data import PackedTokens
+from hasten.training.loop import Fitted, fit
+from hasten.training.options import Optimiser, Strategy, Training
+from tests.tiny import Curves, decoder, shape, training, write_tokens
+
+
+class StoppedError(Exception):
+    """A fit that a test ends, in all processes at the same step."""
+
+
+def fitted(
+    folder: Path,
+    scratch: Path,
+    *,
+    seed: int = 0,
+    metrics: Curves | None = None,
+    stop_at: int = 0,
+    scores: Sequence[float] = (),
+    model: Network | None = None,
+    **changes: Any,
+) -> tuple[Network, Fitted]:
+    """A dozen steps of a tiny decoder on the tokens in `folder`; the network and what the fit says of itself.
+
+    stop_at: a validation's step at which it ends with `StoppedError`. scores: what validations find in turn.
+    """
+    options, model = training(**changes), model or decoder(spread=0.02)
+    validations = itertools.count()
+
+    def validate(network: Network) -> dict[str, float]:
+        number = next(validations)
+        if stop_at and (number + 1) * options.validate_every_steps >= stop_at:
+            raise StoppedError
+        network(torch.arange(10).view(2, 5))
+        return {"accuracy_probe": scores[number]} if scores else {"probe": 1.0}
+
+    result = fit(
+        model,
+        lambda share: batches(folder, options, seed, share),
+        options,
+        steps=options.steps,
+        scratch=scratch,
+        seed=seed,
+        validate=validate,
+        metrics=metrics or Curves(),
+        title="test",
+    )
+    return model, result
+
+
+def batches(folder: Path, options: Training, seed: int, share: Any) -> PackedTokens:
+    return PackedTokens(
+        Tokens(folder),
+        "train",
+        steps=options.steps,
+        batch_size=options.batch_size,
+        length=options.sequence_length,
+        seed=seed,
+        mixture=options.mixture,
+        apart=options.documents_apart,
+        share=share,
+    )
+
+
+def main(cases: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Run the cases one after the other; the first process writes `<case>.safetensors` and `<case>.json`."""
+    for name, case in cases.items():
+        changes = dict(case)
+        changes["strategy"] = Strategy[changes["strategy"]]
+        changes["optimiser"] = Optimiser[changes.get("optimiser", "adamw")]
+        model = decoder(shape(**changes.pop("shape", {})), spread=0.02)
+        curves = Curves()
+        scratch = folder / changes.pop("scratch", f"{name}-scratch")
+        try:
+            network, result = fitted(folder / "tokens", scratch, metrics=curves, model=model, **changes)
+        except StoppedError:
+            continue
+        if result.exports:
+            state = {key: value.detach().clone() for key, value in network.state_dict().items()}
+            save_file(state, folder / f"{name}.safetensors")
+            loss = {str(step): value for step, value in curves.curve("train_loss").items()}
+            facts = {
+                "loss": loss,
+                "resumed_at_step": result.resumed_at_step,
+                "tokens": result.tokens,
+                "steps": result.steps,
+            }
+            facts["validation"] = result.validation
+            write_json(folder / f"{name}.json", facts)
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[2])
+    if not (where / "tokens").exists():
+        write_tokens(where / "tokens")
+    main(json.loads(Path(sys.argv[1]).read_text()), where)
