@@ -104,7 +104,6 @@ def finetune(
         )
 
     steps, placement = questions(WHOLE).steps, place(options)
-    parts = placement.data * options.accumulate
 
     def text(share: Share) -> PackedTokens:
         assert tokens is not None, "rehearsal needs tokens"
@@ -112,7 +111,8 @@ def finetune(
             tokens,
             "train",
             steps=steps,
-            batch_size=max(parts, options.batch_size // 4 // parts * parts),
+            batch_size=max(1, options.batch_size // 4),
+            even_shares=False,
             length=min(options.sequence_length, model.config.context),
             seed=seed,
             apart=model.separates_documents,
