@@ -9,7 +9,7 @@ import torch
 
 from hasten.model.network import Network
 from hasten.tokenizer.base import load_tokenizer
-from hasten.training.review import Story, continued, samples, summary
+from hasten.training.review import Story, continued, costs, samples, summary
 from tests.tiny import decoder, lstm, shape, write_tokenizer
 
 NEVER = -1  # an end that no model chooses
@@ -111,8 +111,8 @@ def test_a_summary_says_what_was_learnt_how_fast_and_what_it_will_cost() -> None
     paragraph, _, table = summary(story(), config, found()).partition("\n\n")
     assert paragraph == f"`pretrain`: {parameters:,} parameters, 1,000 steps, 2,048,000 tokens."
     assert table.splitlines() == [
-        "| | |",
-        "|-|-|",
+        "| figure | value |",
+        "|---|---|",
         "| training loss | 9.012 → 3.500 |",
         "| validation | validation_loss 3.600, bits_per_byte_en 1.250 (step 1,000) |",
         "| tokens per second | 12,346 (median of 99 intervals) |",
@@ -121,6 +121,13 @@ def test_a_summary_says_what_was_learnt_how_fast_and_what_it_will_cost() -> None
         f"| weights read per decoded token, bfloat16 | {weights / 1000:.3g} kB |",
         f"| decoding token 64 on this machine, at best | {1e9 / (weights + state):,.0f} tokens/s, bound by memory |",
     ]
+
+
+def test_costs_are_figures_to_compare_fits_by() -> None:
+    figures = costs(shape(), found())
+    assert figures["parameters"] == sum(weight.numel() for weight in decoder().parameters())
+    assert f"{figures['decode_tokens_per_second_at_most']:,.0f} tokens/s" in summary(story(), shape(), found())
+    assert costs(shape(), None) == {**figures, "decode_tokens_per_second_at_most": None}
 
 
 def test_a_summary_says_what_is_not_known() -> None:

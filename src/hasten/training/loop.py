@@ -25,7 +25,7 @@ from hasten.training.checkpoints import Checkpoints, any_of, latest, together
 from hasten.training.module import Batches, LanguageModel
 from hasten.training.options import Training
 from hasten.training.placement import matmul_rate, place
-from hasten.training.review import summary
+from hasten.training.review import costs, summary
 from hasten.training.sharding import gathered, local, refuse_unsplittable
 from hasten.training.watch import Metrics, Samples, Validate, Watch
 
@@ -128,6 +128,7 @@ def fit(
         trainer.fit(module, ckpt_path=start, weights_only=False)
     seconds = time.perf_counter() - begun
     refuse_infinite_weights(trainer, trained, options)
+    metrics.metrics(costs(model.config, ceilings))
     metrics.describe(summary(watch.story(), model.config, ceilings))
     state = state_of(trained, placement.sharded)
     if placement.sharded and trainer.is_global_zero:

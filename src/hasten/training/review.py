@@ -19,7 +19,7 @@ import torch
 
 from hasten.artifacts import Json
 from hasten.model.cost import cost_of
-from hasten.model.cost_report import KV_BYTES, USUAL_PROMPT, floor, rate_of, si
+from hasten.model.cost_report import KV_BYTES, USUAL_PROMPT, Floor, floor, rate_of, si
 from hasten.model.layout import Format
 from hasten.model.network import Network
 from hasten.model.shape import Shape
@@ -102,7 +102,8 @@ def summary(story: Story, shape: Shape, ceilings: Json | None = None) -> str:
     """A paragraph and a table, Markdown."""
     rows = {**learning(story), **running(story), **using(shape, ceilings)}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"{told(story, cost_of(shape).parameters)}\n\n| | |\n|-|-|\n{table}\n"
+    # MLflow's page shows no table whose head is empty or whose rule has single dashes.
+    return f"{told(story, cost_of(shape).parameters)}\n\n| figure | value |\n|---|---|\n{table}\n"
 
 
 def told(story: Story, parameters: int) -> str:
@@ -138,13 +139,32 @@ def running(story: Story) -> dict[str, str]:
 
 def using(shape: Shape, ceilings: Json | None) -> dict[str, str]:
     """What decoding one token will cost, weights in bfloat16, the state in 16 bits."""
-    cost, place = cost_of(shape), min(USUAL_PROMPT, shape.context)
-    weights = cost.weight_bytes_per_token(Format.floats(2))
-    rows = {"weights read per decoded token, bfloat16": si(weights, "B")}
-    name = f"decoding token {place:,} on this machine, at best"
+    least, place = least_time(shape, ceilings), min(USUAL_PROMPT, shape.context)
+    shown = "not known: `python pipelines/ceilings.py` measures how fast this machine reads"
+    if least:
+        shown = f"{1 / least.seconds:,.0f} tokens/s" + (f", bound by {least.bound}" if least.bound else "")
+    return {
+        "weights read per decoded token, bfloat16": si(cost_of(shape).weight_bytes_per_token(Format.floats(2)), "B"),
+        f"decoding token {place:,} on this machine, at best": shown,
+    }
+
+
+def costs(shape: Shape, ceilings: Json | None) -> dict[str, float | None]:
+    """What the model costs to run, so that fits can be compared by it: parameters, bytes of weights (bfloat16) that
+    decoding a token reads, and the tokens per second that this machine's roofline allows; None without ceilings.
+    """
+    cost, least = cost_of(shape), least_time(shape, ceilings)
+    return {
+        "parameters": cost.parameters,
+        "weight_bytes_per_token": cost.weight_bytes_per_token(Format.floats(2)),
+        "decode_tokens_per_second_at_most": 1 / least.seconds if least else None,
+    }
+
+
+def least_time(shape: Shape, ceilings: Json | None) -> Floor | None:
+    """In which this machine can decode a token after a usual prompt."""
     if ceilings is None:
-        return {**rows, name: "not known: `python pipelines/ceilings.py` measures how fast this machine reads"}
-    rate, _ = rate_of("bfloat16", ceilings)
-    least = floor(weights + cost.kv_bytes_read(place, KV_BYTES), cost.decode_flops(place), rate, ceilings)
-    bound = f", bound by {least.bound}" if least.bound else ""
-    return {**rows, name: f"{1 / least.seconds:,.0f} tokens/s{bound}"}
+        return None
+    cost, place = cost_of(shape), min(USUAL_PROMPT, shape.context)
+    read = cost.weight_bytes_per_token(Format.floats(2)) + cost.kv_bytes_read(place, KV_BYTES)
+    return floor(read, cost.decode_flops(place), rate_of("bfloat16", ceilings)[0], ceilings)
