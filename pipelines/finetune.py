@@ -19,7 +19,7 @@ def main(config: Finetune) -> None:
 
     base, tasks = load_checkpoint(config.folder / "checkpoints/base"), load_tasks(config.folder / "tasks")
     tokens = Tokens(config.folder / "tokens")
-    refuse_unfit(read_shape(base.config), config.tuning, config.training, config.max_tokens)
+    refuse_unfit(read_shape(base.config), config.tuning, config.training)
     inputs = {"base": base.hash, "tasks": digest(config.folder / "tasks"), "tokens": tokens.hash}
     scratch, record = config.scratch("finetune", inputs), config.record("finetune")
     with track("finetune", config, inputs=inputs, record=record, begun=scratch) as run:

@@ -87,17 +87,19 @@ def fitted(folder: Path, curves: Curves) -> tuple[Fitted, Fitted]:
     tokenizer = load_tokenizer(folder / "tokenizer")
     shared: dict[str, Any] = {"seed": 0, "scratch": folder / "scratch", "metrics": curves}
     config = lstm_shape(vocab_size=0, layers=1)
-    options = training(steps=150, validate_every_steps=50)
+    options = training(steps=150, validate_every_steps=50, documents_apart=False)
     base = pretrain(
         Tokens(folder / "tokens"), folder / "tokenizer", config, options, target=folder / "checkpoints/base", **shared
     )
     tuned = finetune(
         load_checkpoint(folder / "checkpoints/base"),
         [TaskData(folder / "tasks/parity")],
+        None,
         tokenizer,
         Full(),
         training(steps=0, epochs=16, batch_size=8, validate_every_steps=80),
         prompt_loss_weight=0.0,
+        rehearsal=0.0,
         max_tokens=32,
         target=folder / "checkpoints/tuned",
         **shared,

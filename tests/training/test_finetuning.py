@@ -190,7 +190,6 @@ def test_early_stopping_exports_the_best_weights_and_says_so(
 @pytest.mark.parametrize(
     ("config", "tuning", "changes", "sentence"),
     [
-        (shape(context=16), Full(), {}, r"max_tokens must be at most the model's context \(16\), got 32"),
         (
             shape(),
             Full(),
@@ -210,7 +209,7 @@ def test_options_that_do_not_go_together_are_refused(
     config: Any, tuning: Tuning, changes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        refuse_unfit(config, tuning, training(**changes), 32)
+        refuse_unfit(config, tuning, training(**changes))
 
 
 def test_every_task_is_validated_on_a_bounded_number_of_its_items(
@@ -233,7 +232,7 @@ def test_an_item_is_its_prompt_after_bos_and_its_completion_before_eos(tokenizer
 
 
 def test_an_item_that_is_too_long_is_refused_by_name_and_length(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="item i9 of task parity has 5 tokens, max_tokens is 4"):
+    with pytest.raises(UserError, match="item i9 of task parity has 5 tokens, the smaller of both is 4"):
         example(Item("i9", "c", "en", "w7 w8", "w9"), tokenizer, 4, "parity")
 
 

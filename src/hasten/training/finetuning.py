@@ -45,12 +45,13 @@ from hasten.tuning.base import Tuning
 VALIDATION_ITEMS = 200  # per task; the engines measure all of them later
 
 
-def refuse_unfit(config: Shape, tuning: Tuning, options: Training, max_tokens: int) -> None:
+def refuse_unfit(config: Shape, tuning: Tuning, options: Training) -> None:
     """Raises `UserError` for options that a network of that shape cannot be fine-tuned with."""
-    longest = options.sequence_length if options.packing else max_tokens
-    name = "training.sequence_length" if options.packing else "max_tokens"
-    if longest > config.context:
-        raise UserError(f"{name} must be at most the model's context ({config.context}), got {longest}")
+    if options.packing and options.sequence_length > config.context:
+        raise UserError(
+            f"training.sequence_length must be at most the model's context ({config.context}), "
+            f"got {options.sequence_length}"
+        )
     if options.packing and not options.documents_apart:
         raise UserError("training.documents_apart must be true where items are packed, got false")
     for name in ("packing", "activation_checkpointing"):
@@ -83,7 +84,8 @@ def finetune(
     needed where that is above 0.
     """
     model = load_network(base)
-    refuse_unfit(model.config, tuning, options, max_tokens)
+    refuse_unfit(model.config, tuning, options)
+    max_tokens = min(max_tokens, model.config.context)
     examples = [example(item, tokenizer, max_tokens, task.path.name) for task in tasks for item in task.items("train")]
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
 
@@ -169,8 +171,8 @@ def example(item: Item, tokenizer: Tokenizer, max_tokens: int, task: str) -> Exa
     prompt, completion = tokenizer.prompt_ids(item.prompt), tokenizer.completion_ids(item.expected)
     if len(prompt) + len(completion) > max_tokens:
         raise UserError(
-            f"max_tokens must fit every item: item {item.id} of task {task} has "
-            f"{len(prompt) + len(completion)} tokens, max_tokens is {max_tokens}"
+            f"max_tokens and the model's context must fit every item: item {item.id} of task {task} has "
+            f"{len(prompt) + len(completion)} tokens, the smaller of both is {max_tokens}"
         )
     return Example((*prompt, *completion), len(prompt), task, item.language)
 
