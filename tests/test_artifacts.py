@@ -233,13 +233,15 @@ def test_groups_follow_each_other_and_those_without_tokens_are_left_out(tmp_path
     assert tokens.groups("validation")[0].name == "b/en"
 
 
-@pytest.mark.parametrize(("languages", "language"), [(["en", "zh"], ""), (["zh"], "zh")])
-def test_tokens_that_name_no_groups_are_one_group(tmp_path: Path, languages: list[str], language: str) -> None:
+def test_tokens_that_name_no_groups_are_to_be_made_again(tmp_path: Path) -> None:
     tokens = write_tokens(tmp_path / "tokens", train=100, validation=40)
     facts = read_json(tokens.path / "manifest.json")
-    facts.pop("groups", None)
-    write_json(tokens.path / "manifest.json", {**facts, "languages": languages})
-    assert Tokens(tokens.path).groups("train") == [Group("", language, 0, 100)]
+    del facts["groups"]
+    write_json(tokens.path / "manifest.json", facts)
+    with pytest.raises(
+        UserError, match=r"manifest\.json must name its groups: these tokens are old, run `prepare` again"
+    ):
+        Tokens(tokens.path).groups("train")
 
 
 @pytest.mark.parametrize("name", ["train.bin", "train.offsets.npy", "train.languages.npy"])

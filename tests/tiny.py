@@ -12,7 +12,7 @@ import torch
 from hasten.artifacts import Checkpoint, Tokens, Variant, write_json
 from hasten.ceilings import record_path
 from hasten.hardware import machine
-from hasten.model.config import ModelConfig
+from hasten.model.config import Activation, ModelConfig
 from hasten.model.decoder import Decoder
 from hasten.model.huggingface import network_tensors, save_checkpoint
 from hasten.model.lstm import Lstm
@@ -24,6 +24,14 @@ from hasten.training.options import Precision, Training
 torch.set_num_threads(1)  # such small matrices lose more than they gain by sharing
 
 VOCABULARY = 100
+GEMMA: dict[str, Any] = {
+    "head_norm": True,
+    "post_norms": True,
+    "offset_norms": True,
+    "embedding_scale": True,
+    "activation": Activation.gelu_tanh,
+}
+"""What a Gemma has beside a Llama."""
 SPECIALS = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 
 

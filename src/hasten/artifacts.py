@@ -177,12 +177,12 @@ class Tokens(Artifact):
     def groups(self, split: str) -> list[Group]:
         """The groups of a split that have tokens, in the order in which they lie there.
 
-        Tokens whose manifest names no groups are one group without a source, and without a language if they are of
-        several.
+        Raises `UserError` for tokens of a version that did not order them.
         """
         if "groups" not in self.manifest:
-            languages = self.manifest["languages"]
-            return [Group("", languages[0] if len(languages) == 1 else "", 0, len(self.ids(split)))]
+            raise UserError(
+                f"{self.path}/manifest.json must name its groups: these tokens are old, run `prepare` again"
+            )
         found: list[Group] = []
         start = 0
         for group in self.manifest["groups"]:

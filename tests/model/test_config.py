@@ -6,14 +6,8 @@ import pytest
 
 from hasten.errors import UserError
 from hasten.model.config import Activation, ModelConfig, RopeKind, RopeScaling
+from tests.tiny import GEMMA
 
-GEMMA: dict[str, Any] = {
-    "head_norm": True,
-    "post_norms": True,
-    "offset_norms": True,
-    "embedding_scale": True,
-    "activation": Activation.gelu_tanh,
-}
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 

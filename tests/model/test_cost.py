@@ -15,21 +15,18 @@ from hasten.compression.rtn import Rtn
 from hasten.engine import gguf
 from hasten.engine.base import Dtype
 from hasten.errors import UserError
-from hasten.model.config import Activation, ModelConfig
+from hasten.model.config import ModelConfig
 from hasten.model.cost import Cost, cost_of
 from hasten.model.decoder import Cache, Decoder
 from hasten.model.grid import Grid, stored
 from hasten.model.layout import Format, Matrix
+from tests import tiny
 from tests.tiny import decoder, shape, write_checkpoint
 
 WINDOW = 5
 MIXED = ["sliding_attention", "full_attention"]
 GEMMA: dict[str, Any] = {
-    "head_norm": True,
-    "post_norms": True,
-    "offset_norms": True,
-    "embedding_scale": True,
-    "activation": Activation.gelu_tanh,
+    **tiny.GEMMA,
     "local_rope_theta": 10000.0,
     "sliding_window": WINDOW,
     "layer_types": MIXED,

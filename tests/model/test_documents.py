@@ -10,17 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hasten.errors import UserError
-from hasten.model.config import Activation, ModelConfig
+from hasten.model.config import ModelConfig
 from hasten.model.decoder import Decoder
-from tests.tiny import decoder, lstm, shape
+from tests.tiny import GEMMA, decoder, lstm, shape
 
-GEMMA: dict[str, Any] = {
-    "head_norm": True,
-    "post_norms": True,
-    "offset_norms": True,
-    "embedding_scale": True,
-    "activation": Activation.gelu_tanh,
-}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 

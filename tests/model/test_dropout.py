@@ -8,19 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hasten.model.config import Activation
 from hasten.model.network import Network
-from tests.tiny import decoder, lstm, lstm_shape, shape
+from tests.tiny import GEMMA, decoder, lstm, lstm_shape, shape
 
 IDS = torch.tensor([[5, 17, 60, 3, 99, 42, 8, 8], [9, 8, 7, 6, 5, 4, 3, 99]])
 ALL = 1 - 1e-9  # a share that leaves nothing
-GEMMA: dict[str, Any] = {
-    "head_norm": True,
-    "post_norms": True,
-    "offset_norms": True,
-    "embedding_scale": True,
-    "activation": Activation.gelu_tanh,
-}
 NETWORKS = {"llama": decoder, "gemma": lambda: decoder(shape(**GEMMA)), "lstm": lambda: lstm(lstm_shape(layers=3))}
 
 

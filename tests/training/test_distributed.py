@@ -18,7 +18,7 @@ from hasten.artifacts import read_json
 from hasten.errors import UserError
 from hasten.training.checkpoints import found
 from hasten.training.options import Optimiser, Strategy
-from tests.tiny import Curves, decoder, shape, write_tokens
+from tests.tiny import Curves, decoder, lstm, shape, write_tokens
 from tests.training.fits import StoppedError, fitted
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +57,12 @@ TWO: dict[str, dict[str, Any]] = {
     "split-resumed": {
         "strategy": "fsdp", "processes": 2, "shape": QWEN, "scratch": "split",
     },
+    "lora": {"strategy": "ddp", "processes": 2, "lora": True},
+    "lora-fsdp": {"strategy": "fsdp", "processes": 2, "lora": True},
+    "lstm": {"strategy": "ddp", "processes": 2, "recurrent": True, "documents_apart": False},
+    "lstm-fsdp": {"strategy": "fsdp", "processes": 2, "recurrent": True, "documents_apart": False},
+    "terminated": {"strategy": "ddp", "processes": 2, "terminate_at": 6, "dropout": 0.2, "scratch": "terminated"},
+    "terminated-resumed": {"strategy": "ddp", "processes": 2, "dropout": 0.2, "scratch": "terminated"},
     "patient": {"strategy": "fsdp", "processes": 2, "patience": 2, "scores": [1, 2, 1, 1], "validate_every_steps": 3},
 }  # fmt: skip
 SINGLE = {"optimiser": Optimiser.adamw}
@@ -69,13 +75,19 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokens(folder / "tokens")
     with pytest.raises(StoppedError):
         alone(folder, "from-one-scratch", strategy=Strategy.fsdp, processes=1, **HALF_WAY)
-    cases = folder / "cases.json"
-    cases.write_text(json.dumps(TWO))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run(folder, TWO, processes=2)
+    return folder
+
+
+def run(folder: Path, cases: dict[str, dict[str, Any]], processes: int) -> None:
+    """All cases, one after the other, in so many processes."""
+    listed = folder / "cases.json"
+    listed.write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     script = str(ROOT / "tests/training/fits.py")
     done = subprocess.run(
-        [*command, script, str(cases), str(folder)],
+        [*command, script, str(listed), str(folder)],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -84,7 +96,6 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder
 
 
 def alone(folder: Path, scratch: str, **changes: Any) -> tuple[dict[str, Tensor], Curves]:
@@ -140,6 +151,39 @@ def test_two_processes_with_dropout_resume_to_the_same_bits_and_draw_differently
     whole, resumed = (load_file(two / f"{case}.safetensors") for case in ("dropout", "dropout-resumed"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not close(whole, load_file(two / "ddp.safetensors"), 1e-4)  # dropout did something
+
+
+@pytest.mark.parametrize(
+    ("case", "make"), [("lora", decoder), ("lora-fsdp", decoder), ("lstm", lstm), ("lstm-fsdp", lstm)]
+)
+def test_adapters_and_recurrent_networks_train_on_two_as_on_one(two: Path, case: str, make: Any) -> None:
+    changes = {name: value for name, value in TWO[case].items() if name in ("lora", "documents_apart")}
+    start = make(spread=0.02 if make is decoder else 0.3)
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    weights, curves = alone(two, f"{case}-alone", model=start, **changes)
+    facts = read_json(two / f"{case}.json")
+    assert facts["loss"] == pytest.approx({str(k): v for k, v in curves.curve("train_loss").items()}, abs=1e-4)
+    assert close(load_file(two / f"{case}.safetensors"), weights, 1e-4)
+    assert not close(before, weights, 1e-3)  # there was something to learn
+
+
+def test_a_signal_to_one_process_saves_and_ends_both_and_they_resume_to_the_same_bits(two: Path) -> None:
+    assert [read_json(two / f"terminated-{rank}.json")["code"] for rank in (0, 1)] == [143, 143]
+    assert read_json(two / "terminated-resumed.json")["resumed_at_step"] == 6
+    whole, resumed = (load_file(two / f"{case}.safetensors") for case in ("dropout", "terminated-resumed"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_four_processes_in_two_pairs_train_as_one(tmp_path: Path) -> None:
+    """Each pair shares matrices, the pairs share sequences and everything else."""
+    write_tokens(tmp_path / "tokens")
+    pairs = {"strategy": "hybrid", "processes": 4, "tensor_parallel": 2}
+    run(tmp_path, {"hybrid": pairs, "qwen": {**pairs, "shape": QWEN}}, processes=4)
+    for case, changed in (("hybrid", {}), ("qwen", QWEN)):
+        weights, curves = alone(tmp_path, f"{case}-alone", model=decoder(shape(**changed), spread=0.02))
+        facts = read_json(tmp_path / f"{case}.json")
+        assert facts["loss"] == pytest.approx({str(k): v for k, v in curves.curve("train_loss").items()}, abs=1e-4)
+        assert close(load_file(tmp_path / f"{case}.safetensors"), weights, 1e-4)
 
 
 def test_both_optimisers_resume_from_shards(two: Path) -> None:

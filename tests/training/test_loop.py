@@ -251,7 +251,7 @@ def test_validation_sees_the_model_in_evaluation_mode_and_without_gradients(fold
     options = training(steps=2)
     fit(
         decoder(spread=0.02),
-        lambda share: fits.batches(folder, options, 0, share),
+        lambda share: fits.passes(folder, options, 0, share),
         options,
         steps=2,
         scratch=tmp_path / "s",

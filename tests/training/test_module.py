@@ -94,7 +94,6 @@ def test_what_a_pass_draws_depends_on_seed_pass_and_share_alone() -> None:
         ({"beta1": 1.0}, "training.beta1"),
         ({"beta2": -0.1}, "training.beta2"),
         ({"validation_tokens": 0}, "training.validation_tokens"),
-        ({"batch_size": 6, "accumulate": 4}, "training.batch_size must be divisible by training.accumulate (4), got 6"),
         ({"dropout": 1.0}, "training.dropout must be at least 0 and below 1, got 1.0"),
         ({"patience": -1}, "training.patience must be 0 or more, got -1"),
         ({"workers": -1}, "training.workers must be 0 or more, got -1"),

@@ -68,12 +68,17 @@ def test_processes_share_the_cores() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"processes": 2}, r"training.strategy must be ddp, .* got single for 2"),
+        ({"processes": 2}, r"training.strategy must be ddp, .* for 2 processes, got single"),
+        ({"nodes": 2}, r"training.strategy must be ddp, .* for 2 processes, got single"),
+        ({"accumulate": 3}, r"batch_size must be a multiple of training.accumulate \(3\) times .* \(1\), got 4"),
         ({"strategy": Strategy.ddp}, r"training.processes must say how many .* strategy ddp on the CPU, got 0"),
-        ({"strategy": Strategy.ddp, "processes": 3}, r"batch_size must be divisible by 3 processes x 1 .* = 3, got 4"),
+        (
+            {"strategy": Strategy.ddp, "processes": 3},
+            r"batch_size must be a multiple of training.accumulate \(1\) times .* \(3\), got 4",
+        ),
         (
             {"strategy": Strategy.ddp, "processes": 2, "accumulate": 4},
-            r"batch_size must be divisible by 2 processes x 4 .* = 8, got 4",
+            r"batch_size must be a multiple of training.accumulate \(4\) times .* \(2\), got 4",
         ),
         ({"strategy": Strategy.ddp, "processes": 16, "batch_size": 16}, r"at most 8: a node has 8 cores, got 16"),
         ({"strategy": Strategy.fsdp, "processes": 3, "nodes": 2}, r"divisible by training.nodes \(2\), got 3"),

@@ -84,15 +84,11 @@ class Checkpoints(Callback):
     ) -> None:
         if (batch_idx + 1) % self.options.accumulate:
             return
-        stop = self.agreed(trainer)
+        stop = any_of(trainer, self.asked_to_stop)
         if stop or trainer.global_step % self.options.checkpoint_every_steps == 0:
             self.save(trainer)
         if stop:
             raise SystemExit(exit_code(128 + signal.SIGTERM))
-
-    def agreed(self, trainer: lightning.Trainer) -> bool:
-        """Whether any process was asked to stop."""
-        return any_of(trainer, self.asked_to_stop)
 
     def save(self, trainer: lightning.Trainer) -> None:
         """Write the checkpoint of this step, then remove the ones before it. All processes take part.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -17,7 +18,6 @@ from torch.utils.data import Dataset
 from hasten.artifacts import Checkpoint, Json, Tokens, replacing
 from hasten.errors import UserError
 from hasten.model.huggingface import load_network, network_tensors, save_checkpoint
-from hasten.model.lstm_config import LstmConfig
 from hasten.model.network import Network
 from hasten.model.shape import Shape
 from hasten.task.base import Item
@@ -36,9 +36,8 @@ from hasten.training.data import (
 )
 from hasten.training.loop import Fitted, fit
 from hasten.training.options import Training
-from hasten.training.placement import place
+from hasten.training.placement import place, refuse_shape
 from hasten.training.review import samples
-from hasten.training.sharding import refuse_unsplittable
 from hasten.training.watch import Metrics
 from hasten.tuning.base import Tuning
 
@@ -54,11 +53,8 @@ def refuse_unfit(config: Shape, tuning: Tuning, options: Training) -> None:
         )
     if options.packing and not options.documents_apart:
         raise UserError("training.documents_apart must be true where items are packed, got false")
-    for name in ("packing", "activation_checkpointing"):
-        if isinstance(config, LstmConfig) and getattr(options, name):
-            raise UserError(f"training.{name} must be false for an LSTM, got true")
     tuning.refuse_strategy(options.strategy.name)
-    refuse_unsplittable(config, place(options).tensor)
+    refuse_shape(config, options)
 
 
 def finetune(
@@ -89,9 +85,10 @@ def finetune(
     examples = [example(item, tokenizer, max_tokens, task.path.name) for task in tasks for item in task.items("train")]
     pad_id = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
 
+    batches_of = partial(PackedExamples, length=options.sequence_length) if options.packing else TaskBatches
+
     def questions(share: Share) -> TaskBatches:
-        length = {"length": options.sequence_length} if options.packing else {}
-        return (PackedExamples if options.packing else TaskBatches)(
+        return batches_of(
             examples,
             steps=options.steps,
             epochs=options.epochs,
@@ -102,7 +99,6 @@ def finetune(
             mixture=options.mixture,
             encodes_prompt=not model.predicts_prompt,
             share=share,
-            **length,
         )
 
     steps, placement = questions(WHOLE).steps, place(options)
@@ -113,7 +109,7 @@ def finetune(
             tokens,
             "train",
             steps=steps,
-            batch_size=max(1, options.batch_size // 4),
+            batch_size=text_rows(options),
             even_shares=False,
             length=min(options.sequence_length, model.config.context),
             seed=seed,
@@ -147,6 +143,7 @@ def finetune(
         title="finetune",
         samples=lambda network: samples(network, prompts, tokenizer, options.sample_tokens),
         mean_length=round(fmean(len(one.ids) for one in examples)),
+        predicted=predicted_share(examples, text_rows(options) / options.batch_size if rehearsal else 0.0),
         ceilings=ceilings,
     )
     if not fitted.exports:
@@ -164,6 +161,20 @@ def finetune(
         save_checkpoint(folder, base.config, network_tensors(model), base.path, manifest)
     shutil.rmtree(scratch, ignore_errors=True)
     return fitted
+
+
+def text_rows(options: Training) -> int:
+    """Rows of text in a step that rehearses."""
+    return max(1, options.batch_size // 4)
+
+
+def predicted_share(examples: Sequence[Example], text: float) -> float:
+    """Which share of a step's tokens goes through the head: those of completions, and all of the text.
+
+    text: rows of text for each row of a task, of the same length.
+    """
+    written = sum(len(one.ids) - one.prompt_tokens for one in examples) / sum(len(one.ids) for one in examples)
+    return (written + text) / (1 + text)
 
 
 def example(item: Item, tokenizer: Tokenizer, max_tokens: int, task: str) -> Example:

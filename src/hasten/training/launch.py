@@ -151,19 +151,12 @@ def check(launch: Launch, training: Training, shape: object) -> None:
     """
     from hasten.model.recipe import ModelRecipe
     from hasten.model.shape import Shape
-    from hasten.training.data import Share
-    from hasten.training.options import Strategy
-    from hasten.training.placement import count_tensor
+    from hasten.training.placement import grid
     from hasten.training.sharding import refuse_unsplittable
 
     if isinstance(shape, ModelRecipe) and not isinstance(shape, Shape):
         raise UserError("model must be a shape that is trained: an import needs one process, so run the stage itself")
-    if training.strategy is Strategy.single and launch.world > 1:
-        raise UserError(
-            f"training.strategy must be ddp, fsdp, tensor_parallel or hybrid for {launch.world} processes, got single"
-        )
-    tensor = count_tensor(training, launch.world)
-    Share(ranks=launch.world // tensor, accumulate=training.accumulate).check(training.batch_size)
+    _, tensor = grid(training, launch.world)
     if shape is not None:
         refuse_unsplittable(shape, tensor)
 

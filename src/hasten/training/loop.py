@@ -24,9 +24,9 @@ from hasten.model.network import Network
 from hasten.training.checkpoints import Checkpoints, any_of, latest, together
 from hasten.training.module import Batches, LanguageModel
 from hasten.training.options import Training
-from hasten.training.placement import matmul_rate, place
+from hasten.training.placement import matmul_rate, place, refuse_shape
 from hasten.training.review import costs, summary
-from hasten.training.sharding import gathered, local, refuse_unsplittable
+from hasten.training.sharding import gathered, local
 from hasten.training.watch import Metrics, Samples, Validate, Watch
 
 
@@ -61,17 +61,19 @@ def fit(
     title: str,
     samples: Samples | None = None,
     mean_length: int = 0,
+    predicted: float = 1.0,
     ceilings: Json | None = None,
 ) -> Fitted:
     """Train `model` in place for `steps` optimiser steps.
 
     batches: what a process with a given share sees, pass by pass. mean_length: tokens of a typical sequence, for
-    counting operations (0: `sequence_length`). ceilings: this machine's, if they are known. Raises `UserError` on a
-    loss that is not finite; exits with 143 on SIGTERM after saving. In processes other than the first the model may be
-    left without weights. `scratch` stays: the caller removes it when what was learnt is safe.
+    counting operations (0: `sequence_length`), predicted: the share of tokens that go through the head, likewise.
+    ceilings: this machine's, if they are known. Raises `UserError` on a loss that is not finite; exits with 143 on
+    SIGTERM after saving. In processes other than the first the model may be left without weights. `scratch` stays: the
+    caller removes it when what was learnt is safe.
     """
+    refuse_shape(model.config, options)
     placement = place(options)
-    refuse_unsplittable(model.config, placement.tensor)
     warnings.filterwarnings("ignore", module="lightning|torch.distributed")
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -89,7 +91,7 @@ def fit(
     best, keeper = scratch / "best.safetensors", Checkpoints(options, scratch, placement.sharded)
 
     def keep_best() -> None:
-        state = state_of(trained, placement.sharded)
+        state = gathered(trained) if placement.sharded else trained.state_dict()
         names = [name for name, weight in trained.named_parameters() if weight.requires_grad]
 
         def write() -> None:
@@ -107,7 +109,7 @@ def fit(
         keep_best=keep_best,
         metrics=metrics,
         title=title,
-        flops_per_token=flops_per_token(trained, mean_length or options.sequence_length),
+        flops_per_token=flops_per_token(trained, mean_length or options.sequence_length, predicted),
         matmul_flops_per_second=matmul_rate(ceilings, placement),
     )
     trainer = lightning.Trainer(
@@ -130,8 +132,7 @@ def fit(
     refuse_infinite_weights(trainer, trained, options)
     metrics.metrics(costs(model.config, ceilings))
     metrics.describe(summary(watch.story(), model.config, ceilings))
-    state = state_of(trained, placement.sharded)
-    if placement.sharded and trainer.is_global_zero:
+    if placement.sharded and (state := gathered(trained)):  # it comes together in the first process
         model.load_state_dict(state, assign=True)
         model.tie()
     model.recompute = False
@@ -145,18 +146,14 @@ def fit(
     )
 
 
-def state_of(model: Network, sharded: bool) -> dict[str, torch.Tensor]:
-    """The whole state, in the first process at least; all processes have to ask for it."""
-    return gathered(model) if sharded else model.state_dict()
-
-
-def flops_per_token(model: Network, length: int) -> float:
+def flops_per_token(model: Network, length: int, predicted: float) -> float:
     """Of training on sequences of that length: a third each for the forward pass, the gradients of activations, and the
-    gradients of those weights that train.
+    gradients of those weights that train. The head works on what is predicted alone.
     """
-    weights = list(model.parameters())
+    cost, weights = cost_of(model.config), list(model.parameters())
     share = sum(w.numel() for w in weights if w.requires_grad) / sum(w.numel() for w in weights)
-    return cost_of(model.config).training_flops(length, length) / length * (2 + min(1.0, share)) / 3
+    spared = 3 * 2 * cost.head.weights * (1 - predicted)
+    return (cost.training_flops(length, length) / length - spared) * (2 + share) / 3
 
 
 def refuse_infinite_weights(trainer: lightning.Trainer, model: Network, options: Training) -> None:

@@ -127,11 +127,6 @@ class Training:
         for name in ("processes", "tensor_parallel", "workers", "patience", "sample_prompts"):
             if getattr(self, name) < 0:
                 raise UserError(f"training.{name} must be 0 or more, got {getattr(self, name)}")
-        if self.batch_size % self.accumulate:
-            raise UserError(
-                f"training.batch_size must be divisible by training.accumulate ({self.accumulate}), "
-                f"got {self.batch_size}"
-            )
         if self.sequence_length < 2:
             raise UserError(f"training.sequence_length must be at least 2, got {self.sequence_length}")
         if not 0 < self.learning_rate < 10:

@@ -19,9 +19,12 @@ from hasten.artifacts import Json
 from hasten.ceilings import ceilings
 from hasten.errors import UserError
 from hasten.hardware import cpu_count
+from hasten.model.lstm_config import LstmConfig
+from hasten.model.shape import Shape
 from hasten.ranks import rank, world_size
 from hasten.training.data import Share
 from hasten.training.options import Precision, Strategy, Training
+from hasten.training.sharding import refuse_unsplittable
 
 SHARDED = (Strategy.fsdp, Strategy.tensor_parallel, Strategy.hybrid)
 TIMEOUT = timedelta(minutes=30)
@@ -94,37 +97,32 @@ def place(options: Training) -> Placement:
     if options.precision is Precision.bfloat16 and accelerator == "cuda" and not computes_bfloat16("cuda"):
         raise UserError("training.precision must be float32 or auto where the device has no bfloat16, got bfloat16")
     processes = count_processes(options, accelerator)
-    per_node = processes // options.nodes
-    tensor = count_tensor(options, processes)
-    data = processes // tensor
-    if options.batch_size % (data * options.accumulate):
-        raise UserError(
-            f"training.batch_size must be divisible by {data} processes x {options.accumulate} accumulated passes = "
-            f"{data * options.accumulate}, got {options.batch_size}"
-        )
+    data, tensor = grid(options, processes)
     low = options.precision is Precision.bfloat16 or (
         options.precision is Precision.auto and computes_bfloat16(accelerator)
     )
-    threads = options.threads or max(1, cpu_count() // per_node)
+    threads = options.threads or max(1, cpu_count() * options.nodes // processes)
     return Placement(options.strategy, accelerator, options.nodes, data, tensor, threads, low)
+
+
+def refuse_shape(config: Shape, options: Training) -> None:
+    """Raises `UserError` for options that no network of that shape can be trained with, or not here."""
+    for name in ("packing", "activation_checkpointing"):
+        if isinstance(config, LstmConfig) and getattr(options, name):
+            raise UserError(f"training.{name} must be false for an LSTM, got true")
+    refuse_unsplittable(config, place(options).tensor)
 
 
 def count_processes(options: Training, accelerator: str) -> int:
     """How many there are in all. Raises `UserError` if the devices do not suffice."""
     launched = world_size()  # 1 if nobody started several
-    if options.strategy is Strategy.single:
-        most = max(options.processes, options.nodes, launched)
-        if most > 1:
-            raise UserError(
-                "training.strategy must be ddp, fsdp, tensor_parallel or hybrid for several processes, got single for "
-                f"{most}"
-            )
-        return 1
     if launched > 1 and options.processes not in (0, launched):
         raise UserError(
             f"training.processes must be 0 or the {launched} processes that were started, got {options.processes}"
         )
     processes = options.processes or (launched if launched > 1 else 0)
+    if not processes and options.strategy is Strategy.single:
+        processes = options.nodes
     if not processes and accelerator == "cuda":
         processes = options.nodes * torch.cuda.device_count()
     if not processes:
@@ -141,6 +139,21 @@ def count_processes(options: Training, accelerator: str) -> int:
             f"training.processes must be at most {there * options.nodes}: a node has {there} {kind}, got {processes}"
         )
     return processes
+
+
+def grid(options: Training, processes: int) -> tuple[int, int]:
+    """How many processes see different sequences, and how many share every matrix product.
+
+    Raises `UserError` if that does not fit the strategy or the batch.
+    """
+    if options.strategy is Strategy.single and processes > 1:
+        raise UserError(
+            f"training.strategy must be ddp, fsdp, tensor_parallel or hybrid for {processes} processes, got single"
+        )
+    tensor = count_tensor(options, processes)
+    data = processes // tensor
+    Share(ranks=data, accumulate=options.accumulate).check(options.batch_size)
+    return data, tensor
 
 
 def count_tensor(options: Training, processes: int) -> int:

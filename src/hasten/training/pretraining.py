@@ -22,9 +22,8 @@ from hasten.tokenizer.base import load_tokenizer
 from hasten.training.data import WHOLE, PackedTokens, Share
 from hasten.training.loop import Fitted, fit
 from hasten.training.options import Training
-from hasten.training.placement import place
+from hasten.training.placement import refuse_shape
 from hasten.training.review import samples
-from hasten.training.sharding import refuse_unsplittable
 from hasten.training.watch import Metrics
 
 VALIDATED_AT_ONCE = 4096
@@ -45,9 +44,7 @@ def refuse_unfit(config: Shape, tokens: Tokens, options: Training) -> None:
         raise UserError(
             "training.documents_apart must be false for an LSTM, which reads on from one document to the next, got true"
         )
-    if isinstance(config, LstmConfig) and options.activation_checkpointing:
-        raise UserError("training.activation_checkpointing must be false for an LSTM, got true")
-    refuse_unsplittable(config, place(options).tensor)
+    refuse_shape(config, options)
     sequences(tokens, options, steps=1, seed=0, encodes_prompt=False)
 
 

@@ -1,9 +1,9 @@
 """How a network's weights are spread over processes, and how they come together again.
 
 Tensor parallelism splits a block's first matrices by rows and its last ones by columns, so that a half of a block needs
-one sum over the processes on the way forward (Shoeybi et al. 2019, arXiv:1909.08053); embedding, head and norms
-are whole everywhere.
-FSDP then gives every process a part of whatever is left whole, block by block (Zhao et al. 2023, arXiv:2304.11277).
+one sum over the processes on the way forward (Shoeybi et al. 2019, arXiv:1909.08053); embedding, head and norms are
+whole everywhere. FSDP then gives every process a part of whatever is left whole, block by block (Zhao et al. 2023,
+arXiv:2304.11277).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hasten.errors import UserError
+from hasten.errors import TogetherError
 from hasten.model.network import Network
 from hasten.training.options import Training
 from hasten.training.review import Story
@@ -206,11 +206,11 @@ class Watch(Callback):
         self.mark = (self.mark[0] + time.perf_counter() - began, self.mark[1])  # validation is not training time
 
     def judge(self, step: int) -> bool:
-        """Whether the last validation is the best so far. Raises `UserError` if patience has nothing to go by."""
+        """Whether the last validation is the best so far. Raises `TogetherError` if patience has nothing to go by."""
         now, before = score(self.validation), score(self.best)
         if now is None:
             if self.options.patience:
-                raise UserError(
+                raise TogetherError(
                     f"training.patience must be 0 where validation finds no accuracy or loss to compare, "
                     f"got {self.options.patience}"
                 )
