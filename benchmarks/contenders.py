@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -354,6 +354,7 @@ CONTENDERS: dict[str, Callable[[Work, Connection], None]] = {
     "textbook": textbook,
     "bare": bare,
     "muon": lambda work, channel: hasten(work, channel, Optimiser.muon),
+    "compiled": lambda work, channel: hasten(replace(work, compile=True), channel),
     "apart": lambda work, channel: hasten(work, channel, apart=True),
     "watched": lambda work, channel: hasten(work, channel, watched=True),
 }

@@ -11,7 +11,8 @@ gradients and, unless told otherwise, bfloat16 autocast, in a process of its own
     trainer    transformers.Trainer on LlamaForCausalLM, with the fast settings that it offers
     textbook   a Llama and its loop as one writes them by hand, with the cross-entropy over all logits
     bare       hasten's network, loss and optimiser in a loop of ten lines: what the fit adds to them
-    muon       hasten with its default optimiser (only if named in --contenders; so are the next two)
+    muon       hasten with its default optimiser (only if named in --contenders; so are the next three)
+    compiled   hasten with compile=true
     apart      hasten with documents that do not attend to each other, its default
     watched    hasten with curves in MLflow (SQLite) and a progress bar
 

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -102,3 +105,26 @@ def test_cores_of_unknown_kind_count_as_physical(tmp_path: Path) -> None:
 def test_where_nothing_can_be_confined_nothing_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
     assert hardware.cores(2) is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
+def test_memory_that_was_freed_is_used_again() -> None:
+    """In a process of its own: what it says to the allocator stays said."""
+    program = """
+import resource, torch
+from hasten.hardware import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(64 * 2**20 // 4)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+keep_freed_memory()
+faults()
+print(before, faults())
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    before, after = map(int, said.split())
+    assert after < before / 20

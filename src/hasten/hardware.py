@@ -7,6 +7,7 @@ engine's file, so a new library or machine re-runs exactly the trials it concern
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -107,3 +108,13 @@ def libraries(names: tuple[str, ...]) -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return versions
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, where glibc allocates: by default every large tensor is given back to the
+    system and comes again page by page, filled with zeros, a twentieth of a training step (`mallopt(3)`).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself, so all comes from the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink

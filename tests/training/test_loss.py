@@ -123,3 +123,11 @@ def test_under_bfloat16_autocast_the_loss_stays_float32_and_close(kind: str) -> 
     got, wanted = gradients(model, low), gradients(model, full)
     name = "model.embed_tokens.weight"
     assert F.cosine_similarity(got[name].flatten(), wanted[name].flatten(), dim=0) > 0.99
+
+
+def test_a_graph_is_walked_backwards_once() -> None:
+    hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(10, 8, requires_grad=True)
+    value = loss.LinearCrossEntropy.apply(hidden, head, torch.arange(4), torch.ones(4))
+    value.backward(retain_graph=True)
+    with pytest.raises(AttributeError, match="gradients"):  # they were scaled in place
+        value.backward()

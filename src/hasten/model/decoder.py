@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hasten.model.attention import attend
 from hasten.model.config import Activation, ModelConfig, RopeKind, RopeScaling
 from hasten.model.network import Network, State
 
@@ -132,7 +133,7 @@ class Attention(nn.Module):
         if config.head_norm:
             self.q_norm = Norm(width, config.norm_epsilon, config.offset_norms)
             self.k_norm = Norm(width, config.norm_epsilon, config.offset_norms)
-        self.head_norm, self.grouped = config.head_norm, config.heads != config.kv_heads
+        self.head_norm = config.head_norm
 
     def heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, self.head_width).transpose(1, 2)  # (B, T, H*D) -> (B, H, T, D)
@@ -145,14 +146,7 @@ class Attention(nn.Module):
         k = rotate(k, view.cos, view.sin)  # (B, K, T, D)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, view.start)  # (B, K, S, D)
-        grouped = self.grouped
-        if grouped and view.mask is not None and cache is None:
-            # CUDA's kernel that takes a mask knows no groups: without this, all scores would be written to memory
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # (B, H, T, D)
-            grouped = False
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=view.mask, is_causal=view.causal, scale=self.scale, enable_gqa=grouped
-        )
+        y = attend(q, k, v, mask=view.mask, causal=view.causal, scale=self.scale)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, hidden)
         return out
 

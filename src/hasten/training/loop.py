@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from hasten.artifacts import Json, replacing
 from hasten.errors import TogetherError
+from hasten.hardware import keep_freed_memory
 from hasten.model.cost import cost_of
 from hasten.model.network import Network
 from hasten.training.checkpoints import Checkpoints, any_of, latest, together
@@ -74,6 +75,7 @@ def fit(
     """
     refuse_shape(model.config, options)
     placement = place(options)
+    keep_freed_memory()
     warnings.filterwarnings("ignore", module="lightning|torch.distributed")
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

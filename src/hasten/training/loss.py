@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hasten.model.network import Network
 from hasten.training.data import Batch
@@ -40,34 +41,40 @@ def weighted_loss(model: Network, batch: Batch) -> Tensor:
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """hidden (N, H), head (V, H), targets (N,), weights (N,) -> sum of weighted losses, float32."""
+    """hidden (N, H), head (V, H), targets (N,), weights (N,) -> sum of weighted losses, float32.
+
+    What a chunk needs is allocated once: on a CPU, fresh pages for every chunk take as long as filling them.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        kind = hidden.device.type
+        kind, chunk = hidden.device.type, min(CHUNK, len(hidden))
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         x, w = hidden.to(dtype), head.to(dtype)
-        grad_hidden, grad_head = torch.empty_like(x), torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        logits, precise = x.new_empty(chunk, len(w)), hidden.new_empty(chunk, len(w), dtype=torch.float32)
+        grad_hidden, grad_head = torch.empty_like(x), None
+        if ctx.needs_input_grad[1]:
+            grad_head, part, precise_part = torch.zeros_like(head), torch.empty_like(w), torch.empty_like(head)
         total = torch.zeros((), device=hidden.device)
         with torch.autocast(kind, enabled=False):
             for start in range(0, len(x), CHUNK):
                 rows = slice(start, start + CHUNK)
                 target, weight = targets[rows, None], weights[rows, None]  # (C, 1)
-                log_p = F.log_softmax((x[rows] @ w.T).float(), dim=-1)  # (C, V)
+                product = torch.mm(x[rows], w.T, out=logits[: len(target)])  # (C, V)
+                log_p = precise[: len(target)].copy_(product)
+                torch.log_softmax(log_p, dim=-1, out=log_p)
                 total -= (log_p.gather(1, target) * weight).sum()
                 # d loss / d logits = (softmax - one-hot of the target) * weight
-                slope = log_p.exp_()
-                slope.scatter_add_(1, target, torch.full_like(target, -1.0, dtype=slope.dtype))
-                slope = (slope * weight).to(dtype)
-                grad_hidden[rows] = slope @ w
+                slope = product.copy_(log_p.exp_().mul_(weight).scatter_add_(1, target, -weight))
+                torch.mm(slope, w, out=grad_hidden[rows])
                 if grad_head is not None:
-                    grad_head += slope.T @ x[rows]
-        ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.dtype = hidden.dtype
+                    grad_head += precise_part.copy_(torch.mm(slope.T, x[rows], out=part))
+        ctx.gradients, ctx.dtype = (grad_hidden, grad_head), hidden.dtype
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        slope = grads[0]
-        return grad_hidden.to(ctx.dtype) * slope, None if grad_head is None else grad_head * slope, None, None
+        (grad_hidden, grad_head), slope = ctx.gradients, grads[0]
+        del ctx.gradients  # they are scaled in place, so nobody may come back for them
+        return grad_hidden.to(ctx.dtype) * slope, None if grad_head is None else grad_head.mul_(slope), None, None
