@@ -28,6 +28,7 @@ from hasten.model.network import Network
 from hasten.training.options import Training
 from hasten.training.review import Story
 
+REFRESHED_PER_SECOND = 2  # drawing a progress bar takes milliseconds, and from a core that trains
 Validate = Callable[[Network], dict[str, float]]
 """The figures of a model on held-out data; all processes call it at the same time."""
 
@@ -130,7 +131,8 @@ class Watch(Callback):
         trainer.should_stop = self.stopped  # a fit that was killed after it had had enough
         if trainer.is_global_zero and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-            self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console)
+            clocks = (TimeElapsedColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, *clocks, console=self.console, refresh_per_second=REFRESHED_PER_SECOND)
             self.progress.start()
             self.bar = self.progress.add_task(self.title, total=self.steps, completed=self.first_step)
 
