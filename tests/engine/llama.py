@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hasten.artifacts import Variant, replacing, write_json
-from hasten.model.config import Activation, ModelConfig
+from hasten.model.config import Activation, ModelConfig, RopeKind, RopeScaling
 from hasten.model.config_json import to_huggingface
 from hasten.model.grid import Grid, portable_scale, quantise, stored
 from hasten.model.huggingface import save_checkpoint
@@ -39,6 +39,32 @@ def gemma(layer_types: str, **changes: Any) -> ModelConfig:
         "local_rope_theta": 500.0,
     }
     return shape(**{**fields, **changes})
+
+
+LINEAR = RopeScaling(RopeKind.linear, 4.0)
+LLAMA3 = RopeScaling(RopeKind.llama3, 8.0, 1.0, 4.0, 32)
+
+CASES = {
+    "llama": shape(),
+    "llama-biases": shape(qkv_bias=True, output_bias=True, mlp_bias=True),
+    "llama-attention-biases": shape(qkv_bias=True, output_bias=True, tied_head=False),
+    "llama-linear": shape(rope_scaling=LINEAR),
+    "llama-llama3": shape(rope_scaling=LLAMA3, head_size=32),
+    "mistral": shape(sliding_window=256, head_size=32),
+    "mistral-llama3": shape(sliding_window=300, rope_scaling=LLAMA3),
+    "qwen2": shape(qkv_bias=True),
+    "qwen2-linear": shape(qkv_bias=True, rope_scaling=LINEAR, tied_head=False),
+    "qwen2-slides-beyond-the-context": shape(qkv_bias=True, sliding_window=256),
+    "qwen3": shape(head_norm=True, head_size=32),
+    "qwen3-linear": shape(head_norm=True, rope_scaling=LINEAR, kv_heads=1),
+    "gemma3": gemma("SSSSSFS", head_size=32),
+    "gemma3-every-second": gemma("SFSF", kv_heads=1, tied_head=False),
+    "gemma3-all-slide": gemma("SSS"),
+    "gemma3-none-slides": gemma("FF"),
+    "gemma3-linear": gemma("SFSF", rope_scaling=LINEAR),
+    "gemma3-scores-scaled-otherwise": gemma("SF", attention_scale=5**-0.5),
+    "gemma3-one-rotary-base": gemma("SFSF", local_rope_theta=0.0),
+}
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from hasten.artifacts import Variant
 from hasten.engine.base import Dtype, Request
-from hasten.engine.llamacpp import FlashAttention, Flight, Llamacpp, _body, arithmetic
+from hasten.engine.llamacpp import FlashAttention, Llamacpp, LlamacppFlight, _body, arithmetic
 from hasten.errors import UserError
 from hasten.model.grid import Grid, floats
 from hasten.model.huggingface import load_network
@@ -374,8 +374,8 @@ def test_the_record_shows_options_with_auto_resolved():
 def test_our_times_agree_with_the_servers_own_within_3_percent(tmp_path, monkeypatch):
     config = llama.shape(layers=6, hidden_size=256, heads=8, kv_heads=4, feed_forward_size=704, context=512)
     chunks: list[bytes] = []
-    receive = Flight.receive
-    monkeypatch.setattr(Flight, "receive", lambda flight, chunk: chunks.append(chunk) or receive(flight, chunk))
+    receive = LlamacppFlight.receive
+    monkeypatch.setattr(LlamacppFlight, "receive", lambda flight, chunk: chunks.append(chunk) or receive(flight, chunk))
     ratios = []
     with session(llama.variant(tmp_path / "v", config), tmp_path, max_context=512) as engine:
         for i in range(9):

@@ -11,7 +11,6 @@ from hasten.compression.rtn import Rtn
 from hasten.engine.base import Dtype, Request
 from hasten.engine.llamacpp import FlashAttention, Llamacpp
 from hasten.errors import UserError
-from hasten.model.config import RopeKind, RopeScaling
 from hasten.model.huggingface import load_network, save_checkpoint
 from tests.engine import llama
 
@@ -26,30 +25,6 @@ EXACT = {
 }
 TOKENS = 24
 NEAR_TIE = 0.01  # two logits closer than this may change places: rounding differs
-LINEAR = RopeScaling(RopeKind.linear, 4.0)
-LLAMA3 = RopeScaling(RopeKind.llama3, 8.0, 1.0, 4.0, 32)
-
-CASES = {
-    "llama": llama.shape(),
-    "llama-biases": llama.shape(qkv_bias=True, output_bias=True, mlp_bias=True),
-    "llama-attention-biases": llama.shape(qkv_bias=True, output_bias=True, tied_head=False),
-    "llama-linear": llama.shape(rope_scaling=LINEAR),
-    "llama-llama3": llama.shape(rope_scaling=LLAMA3, head_size=32),
-    "mistral": llama.shape(sliding_window=256, head_size=32),
-    "mistral-llama3": llama.shape(sliding_window=300, rope_scaling=LLAMA3),
-    "qwen2": llama.shape(qkv_bias=True),
-    "qwen2-linear": llama.shape(qkv_bias=True, rope_scaling=LINEAR, tied_head=False),
-    "qwen2-slides-beyond-the-context": llama.shape(qkv_bias=True, sliding_window=256),
-    "qwen3": llama.shape(head_norm=True, head_size=32),
-    "qwen3-linear": llama.shape(head_norm=True, rope_scaling=LINEAR, kv_heads=1),
-    "gemma3": llama.gemma("SSSSSFS", head_size=32),
-    "gemma3-every-second": llama.gemma("SFSF", kv_heads=1, tied_head=False),
-    "gemma3-all-slide": llama.gemma("SSS"),
-    "gemma3-none-slides": llama.gemma("FF"),
-    "gemma3-linear": llama.gemma("SFSF", rope_scaling=LINEAR),
-    "gemma3-scores-scaled-otherwise": llama.gemma("SF", attention_scale=5**-0.5),
-    "gemma3-one-rotary-base": llama.gemma("SFSF", local_rope_theta=0.0),
-}
 ONE_EACH = ("llama-biases", "mistral", "qwen2", "qwen3", "gemma3")
 
 
@@ -80,9 +55,9 @@ def quantised(variant, bits):
     return Variant(folder)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", llama.CASES)
 def test_greedy_continuations_equal_our_network(tmp_path, name):
-    variant = llama.variant(tmp_path / "v", CASES[name])
+    variant = llama.variant(tmp_path / "v", llama.CASES[name])
     model = load_network(variant).eval()
     different = 0
     with session(variant, tmp_path, micro_batch=32) as engine:
@@ -103,7 +78,7 @@ def test_greedy_continuations_equal_our_network(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["gemma3", "qwen3"])
 def test_fused_attention_agrees_to_its_own_rounding(tmp_path, name):
-    variant = llama.variant(tmp_path / "v", CASES[name])
+    variant = llama.variant(tmp_path / "v", llama.CASES[name])
     model = load_network(variant).eval()
     with session(variant, tmp_path, flash_attention=FlashAttention.enabled) as engine, torch.inference_mode():
         for seed, length in enumerate((1, 9, 100)):
@@ -116,7 +91,7 @@ def test_fused_attention_agrees_to_its_own_rounding(tmp_path, name):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_a_quantised_variant_runs_its_own_integers(tmp_path, name, bits):
-    variant = quantised(llama.variant(tmp_path / "v", CASES[name]), bits)
+    variant = quantised(llama.variant(tmp_path / "v", llama.CASES[name]), bits)
     model = load_network(variant).eval()
     prompts = [prompt(20, seed) for seed in range(20)]
     with session(variant, tmp_path) as engine, torch.inference_mode():

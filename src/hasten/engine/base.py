@@ -7,6 +7,7 @@ variant's grid natively says so (`supports`) and never simulates silently.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -55,10 +56,13 @@ class Support:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue greedily.
+    """A prompt to continue: greedily, or with a temperature by drawing.
 
     prompt: token ids, at least one. max_tokens: the most tokens to generate. stop: generation ends
     after the first of these ids (it is yielded too); empty means exactly `max_tokens` are generated.
+    temperature: 0 takes the most likely token; above it, tokens are drawn from softmax(logits / temperature), of which
+    top_p below 1 leaves the nucleus (`hasten.engine.sampling`). The same seed draws the same tokens again, on the same
+    engine and alone; engines draw differently from each other.
     verify: the engine raises `RuntimeError` if a logit that decided a token is not finite, also where looking costs
     time: for requests that are not timed.
     """
@@ -68,12 +72,21 @@ class Request:
     max_tokens: int
     stop: frozenset[int] = frozenset()
     verify: bool = False
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise UserError(f"request {self.id}: the prompt must hold at least one token, got none")
         if self.max_tokens < 1:
             raise UserError(f"request {self.id}: max_tokens must be at least 1, got {self.max_tokens}")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"request {self.id}: temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"request {self.id}: top_p must be above 0, and at most 1, got {self.top_p}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"request {self.id}: seed must be 0 to 2**32 - 1, got {self.seed}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hasten.artifacts import Variant
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token
+from hasten.engine.sampling import probabilities
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,13 +110,17 @@ class EagerSession(Session):
         self.cache.clear()
         device = self.model.lm_head.weight.device
         ids = torch.tensor([request.prompt], device=device)  # (1, T)
+        generator = torch.Generator().manual_seed(request.seed)
         for _ in range(request.max_tokens):
             with torch.inference_mode():
                 logits = self.model(ids, self.cache)[0, -1]  # (vocabulary,)
-                ids = logits.argmax().view(1, 1)
-                token, finite = int(ids), bool(torch.isfinite(logits[ids.view(())]))
-            if not finite:
-                raise RuntimeError(f"request {request.id}: the logits are not finite")
+                token = int(logits.argmax())
+                if not torch.isfinite(logits[token]):
+                    raise RuntimeError(f"request {request.id}: the logits are not finite")
+                if request.temperature:
+                    shares = probabilities(logits.cpu(), request.temperature, request.top_p)
+                    token = int(torch.multinomial(shares, 1, generator=generator))
+            ids = torch.tensor([[token]], device=device)
             yield Token(request.id, token, time.perf_counter() - sent)
             if token in request.stop:
                 return

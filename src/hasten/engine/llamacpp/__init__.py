@@ -22,27 +22,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import secrets
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant, read_json, replacing, write_json
 from hasten.engine import gguf
-from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token
+from hasten.engine.base import Dtype, Engine, Request, Session, Support
+from hasten.engine.streaming import Flight, Stream
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
     import xllamacpp
 
-HAND_OVER_SECONDS = 0.01
-"""How long tokens may wait for their reader. Waking it for each one would take a core from the engine: measured
-on 2 cores, 2 threads, that alone slowed a 7M-parameter model's decode by 7 to 10%. Times are taken on arrival."""
 CONTEXT_MULTIPLE = 256  # llama.cpp allocates the KV cache in steps of this many tokens
 LARGEST_MICRO_BATCH = 2048
 INSTRUCTIONS = ("AMX_INT8", "AVX512", "AVX2", "AVX", "SVE", "NEON")
@@ -180,7 +175,7 @@ class LlamacppSession(Session):
         self._first_token()
         self.load_seconds = time.perf_counter() - start
         self._workers = ThreadPoolExecutor(engine.slots, thread_name_prefix="llamacpp")
-        self._flights: set[Flight] = set()
+        self._flights: set[LlamacppFlight] = set()
 
     def _first_token(self) -> None:
         """Ask for one token: a server that is stopped before its loop has begun never stops.
@@ -210,12 +205,12 @@ class LlamacppSession(Session):
         size = int(self.facts["vocab_size"])
         if outside := [id_ for id_ in request.prompt if not 0 <= id_ < size]:
             raise UserError(f"request {request.id}: token ids must be 0 to {size - 1}, got {outside[0]}")
-        flight = Flight(request)
+        flight = LlamacppFlight(request)
         self._flights.add(flight)
         self._workers.submit(self._run, flight, _body(request))
         return Stream(flight)
 
-    def _run(self, flight: Flight, body: bytes) -> None:
+    def _run(self, flight: LlamacppFlight, body: bytes) -> None:
         try:
             if not flight.cancelled:
                 self._server.handle_completions(body, flight.receive)
@@ -235,17 +230,8 @@ class LlamacppSession(Session):
         self._server = None  # the last reference: its destructor stops the server and frees the model
 
 
-@dataclass(eq=False)
-class Flight:
-    """A request under way: what the worker's thread writes and the stream reads."""
-
-    request: Request
-    sent: float = field(default_factory=time.perf_counter)
-    tokens: deque[Token] = field(default_factory=deque)
-    finished: threading.Event = field(default_factory=threading.Event)
-    cancelled: bool = False
-    error: str | None = None
-    count: int = 0
+class LlamacppFlight(Flight):
+    """A request on the server, which calls back with each piece of its answer."""
 
     def receive(self, chunk: bytes) -> bool:
         """The server's callback, on the worker's thread. True ends the request."""
@@ -260,38 +246,11 @@ class Flight:
             self.error = f"request {self.request.id}: the logits are not finite after {self.count} tokens"
             return True
         for id_ in ids:
-            self.count += 1
-            self.tokens.append(Token(self.request.id, id_, seconds))
-            self.cancelled = self.cancelled or id_ in self.request.stop
+            self.arrived(id_, seconds)
         if choice["finish_reason"] and self.count < self.request.max_tokens and not self.cancelled:
             missing = f"after {self.count} of {self.request.max_tokens} tokens"
             self.error = f"llama.cpp ended request {self.request.id} {missing}"
         return self.cancelled
-
-
-class Stream(Iterator[Token]):
-    """The tokens of one request. `close` cancels it; so does dropping the stream."""
-
-    def __init__(self, flight: Flight) -> None:
-        self._flight = flight
-
-    def __next__(self) -> Token:
-        flight = self._flight
-        while not flight.tokens:
-            if flight.finished.wait(HAND_OVER_SECONDS) and not flight.tokens:
-                if flight.error is not None:
-                    raise RuntimeError(flight.error)
-                raise StopIteration
-        return flight.tokens.popleft()
-
-    def close(self) -> None:
-        """Cancel the request and wait until the engine has let go of it."""
-        self._flight.cancelled = True
-        self._flight.finished.wait()
-        self._flight.tokens.clear()
-
-    def __del__(self) -> None:
-        self._flight.cancelled = True
 
 
 def _whole_steps(tokens: int) -> int:
@@ -306,14 +265,15 @@ def _doubtful(logprobs: Json | None, count: int) -> bool:
 
 
 def _body(request: Request) -> bytes:
-    """The request as the server reads it: one greedy sampler, nothing cached; probabilities only to verify."""
+    """The request as the server reads it: nothing cached, probabilities only to verify."""
+    greedy = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"]}
+    drawn = {"temperature": request.temperature, "top_p": request.top_p, "top_k": 0, "seed": request.seed,
+             "samplers": ["temperature", "top_p"]}  # fmt: skip
     return json.dumps(
         {
             "prompt": list(request.prompt),
             "max_tokens": request.max_tokens,
-            "temperature": 0.0,
-            "top_k": 1,
-            "samplers": ["top_k"],
+            **(drawn if request.temperature else greedy),
             "cache_prompt": False,
             "stream": True,
             **({"logprobs": 1} if request.verify else {}),

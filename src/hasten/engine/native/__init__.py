@@ -1,0 +1,357 @@
+"""hasten's own kernels: a decoder in C++ that reads a variant's integers as they are, as fast as memory gives them.
+
+At batch 1 a token costs one reading of the weights, so what counts is bytes per weight and how close the reading comes
+to the machine's bandwidth. The kernels (`cpp/kernels.hpp`) are compiled for the processor at hand; weights lie in the
+order in which they are read, on huge pages; a group of 4-bit integers is multiplied with activations that are rounded
+to 8 bits with a scale for every 32, four products per lane and instruction where there is VNNI. Several requests share
+one pass (continuous batching), prompts fill it up, and no Python runs between tokens.
+
+    python pipelines/evaluate.py engine=native variant=int4 engine.slots=8
+
+Built once per variant into `<cache>/native/<variant hash>-<weight_dtype>-<format>`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hasten.artifacts import Json, Variant, read_json, replacing, write_json
+from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token
+from hasten.engine.native import library as kernels
+from hasten.engine.streaming import HAND_OVER_SECONDS
+from hasten.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hasten.engine.native.layout import Matrix, Shape
+    from hasten.model.config import ModelConfig
+
+FLOATS, INTEGERS = 0, 2
+"""Activations as they are, or in the form that a matrix is multiplied with fastest (`Precision` of cpp/kernels.hpp)."""
+RUNNING, FINISHED, _CANCELLED, NOT_FINITE = range(1, 5)  # `Status` of cpp/server.cpp
+ALIGNED = 64
+POLLED = 256
+
+
+@dataclass
+class Native(Engine):
+    """weight_dtype auto is bfloat16, kv_cache_dtype auto is float16.
+
+    activation_dtype: auto rounds to 8 bits before a product with integers and to bfloat16 before one with bfloat16;
+    float32 rounds nothing, for comparing answers. micro_batch: tokens of one pass. slots: requests that run at the same
+    time, each with a context of max_context. guesses: tokens that are guessed from what followed the last few before,
+    and computed together with the next one; the answers stay the same to the token, greedy or drawn.
+    """
+
+    micro_batch: int = 256
+    slots: int = 1
+    guesses: int = 0
+
+    libraries: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.devices != ["cpu"]:
+            raise UserError(f"engine.devices must be [cpu] for native, got {self.devices}")
+        if self.weight_dtype is Dtype.float16:
+            raise UserError("engine.weight_dtype must be auto, bfloat16 or float32 for native, got float16")
+        if self.activation_dtype not in (Dtype.auto, Dtype.float32):
+            raise UserError(
+                f"engine.activation_dtype must be auto or float32 for native, got {self.activation_dtype.name}"
+            )
+        if self.kv_cache_dtype is Dtype.bfloat16:
+            raise UserError("engine.kv_cache_dtype must be auto, float16 or float32 for native, got bfloat16")
+        if not 1 <= self.slots <= 256:
+            raise UserError(f"engine.slots must be 1 to 256, got {self.slots}")
+        if not self.slots <= self.micro_batch <= 4096:
+            raise UserError(f"engine.micro_batch must be slots ({self.slots}) to 4096, got {self.micro_batch}")
+
+        if not 0 <= self.guesses < self.micro_batch:
+            raise UserError(f"engine.guesses must be 0 to micro_batch - 1 ({self.micro_batch - 1}), got {self.guesses}")
+
+    @property
+    def weights(self) -> Dtype:
+        """The type of float weights with `auto` resolved."""
+        return Dtype.bfloat16 if self.weight_dtype is Dtype.auto else self.weight_dtype
+
+    @property
+    def kv_cache(self) -> Dtype:
+        """The KV cache's type with `auto` resolved."""
+        return Dtype.float16 if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
+
+    def supports(self, variant: Variant) -> Support:
+        from hasten.model.config import ModelConfig
+        from hasten.model.shape import read_shape
+
+        if kernels.compiler() is None:
+            return Support(reason="engine native needs a C++ compiler (g++ or clang++, or the one that CXX names)")
+        try:
+            shape = read_shape(variant.config)
+        except UserError as error:
+            return Support(reason=str(error))
+        if not isinstance(shape, ModelConfig):
+            return Support(reason=f"the native kernels are a decoder's, got {variant.config.get('model_type')!r}")
+        grid = variant.manifest.get("grid")
+        if not grid:
+            return Support(native_format=self.weights.name)
+        if grid["group_size"] % 32:
+            return Support(reason=f"group_size must be 0 or a multiple of 32, got {grid['group_size']}")
+        group = f"group {grid['group_size']}" if grid["group_size"] else "per channel"
+        return Support(native_format=f"int{grid['bits']} {group}")
+
+    def build(self, variant: Variant, cache: Path) -> Path:
+        """The folder that holds the packed weights and their facts; written once, then found again."""
+        from hasten.engine.native.layout import FORMAT
+
+        folder = cache / "native" / f"{variant.hash}-{self.weights.name}-{FORMAT}"
+        if not folder.is_dir():
+            from filelock import FileLock
+
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
+                if not folder.is_dir():
+                    with replacing(folder) as temporary:
+                        temporary.mkdir()
+                        pack(variant, self.weights, temporary)
+        return folder
+
+    def load(self, variant: Variant, cache: Path) -> NativeSession:
+        support = self.supports(variant)
+        if not support:
+            raise UserError(f"native cannot run {variant.path.name}: {support.reason}")
+        start = time.perf_counter()
+        library, folder = kernels.library(cache), self.build(variant, cache)
+        built = time.perf_counter()
+        session = NativeSession(self, library, folder, variant, str(support.native_format))
+        session.compile_seconds, session.load_seconds = built - start, time.perf_counter() - built
+        return session
+
+    def describe(self) -> Json:
+        resolved = {"weight_dtype": self.weights.name, "kv_cache_dtype": self.kv_cache.name}
+        return {**super().describe(), **resolved, "micro_batch": self.micro_batch, "slots": self.slots,
+                "guesses": self.guesses}  # fmt: skip
+
+
+def pack(variant: Variant, dtype: Dtype, folder: Path) -> None:
+    """Write the weights as the kernels want them: `weights.bin` and where in it what lies."""
+    import torch
+
+    from hasten.engine.native.layout import Packed, Packer, packed_tensors
+    from hasten.model.config_json import from_huggingface
+    from hasten.model.huggingface import grid_of
+
+    packer = Packer(variant.tensors(), grid_of(variant), getattr(torch, dtype.name))
+    places: dict[str, Json] = {}
+    with (folder / "weights.bin").open("wb") as file:
+
+        def write(values: Tensor) -> int:
+            file.write(b"\0" * (-file.tell() % ALIGNED))
+            place = file.tell()
+            file.write(values.contiguous().view(torch.uint8).numpy().data)
+            return place
+
+        for name, found in packed_tensors(packer, from_huggingface(variant.config)).items():
+            if isinstance(found, Packed):
+                places[name] = {part: getattr(found, part) for part in ("kind", "rows", "columns", "group")}
+                for part in ("data", "scales", "bias"):
+                    values = getattr(found, part)
+                    places[name][part] = write(values) if len(values) else None
+                places[name]["bytes"] = found.data.nbytes + found.scales.nbytes
+            else:
+                places[name] = {"data": write(found)}
+    write_json(folder / "manifest.json", {"schema": 1, "kind": "native", "places": places})
+
+
+class Arena:
+    """The weights in memory, on huge pages where the system has them: fewer translations, more bandwidth."""
+
+    def __init__(self, path: Path) -> None:
+        size = path.stat().st_size
+        # private: shared memory, Python's default, gets no huge pages
+        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
+        with path.open("rb") as file:
+            read = file.readinto(self.memory)
+        if read != size:
+            raise UserError(f"{path} could not be read to its end")
+        self.size = size
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+    def at(self, place: int | None) -> int | None:
+        return None if place is None else self.address + place
+
+    def matrix(self, entry: Json) -> Matrix:
+        from hasten.engine.native.layout import Matrix
+
+        numbers = {name: entry[name] for name in ("kind", "rows", "columns", "group")}
+        return Matrix(**numbers, **{part: self.at(entry[part]) for part in ("data", "scales", "bias")})
+
+
+class NativeSession(Session):
+    """A running server. `submit` may be called from several threads."""
+
+    def __init__(self, engine: Native, library: Any, folder: Path, variant: Variant, native_format: str) -> None:
+        from hasten.model.config_json import from_huggingface
+
+        self.config, self.library = from_huggingface(variant.config), library
+        self.context = min(engine.max_context, self.config.context)
+        places = read_json(folder / "manifest.json")["places"]
+        self._arena = Arena(folder / "weights.bin")
+        self._shape, self._kept = shape_of(engine, self.config, self.context, places, self._arena)
+        self._server = library.hasten_open(ctypes.byref(self._shape))
+        if not self._server:
+            raise MemoryError(f"native could not reserve a KV cache for {engine.slots} x {self.context} tokens")
+        self.kernel = f"{native_format} ({library.hasten_kernels().decode()})"
+        sizes = {name: entry.get("bytes", 0) for name, entry in places.items()}
+        rows = self.config.vocab_size
+        self._weight_bytes = sum(sizes.values())
+        self.weight_bytes_per_token = self._weight_bytes - sizes.get("embedding", 0) * (rows - 1) // rows
+        value_bytes = 4 if engine.kv_cache is Dtype.float32 else 2
+        self.kv_bytes_per_position = (
+            2 * self.config.layers * self.config.kv_heads * self.config.head_width * value_bytes
+        )
+        self.arithmetic = arithmetic(engine, native_format, self.kernel)
+
+    def submit(self, request: Request) -> Stream:
+        """Send `request`; tokens arrive on the stream that is returned.
+
+        Raises `UserError` for ids outside the vocabulary and for more tokens than the context holds.
+        """
+        if self._server is None:
+            raise RuntimeError("the session is closed")
+        if len(request.prompt) + request.max_tokens > self.context:
+            raise UserError(
+                f"request {request.id}: prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) "
+                f"must fit max_context ({self.context})"
+            )
+        size = self.config.vocab_size
+        if outside := [id_ for id_ in request.prompt if not 0 <= id_ < size]:
+            raise UserError(f"request {request.id}: token ids must be 0 to {size - 1}, got {outside[0]}")
+        prompt, stops = ((ctypes.c_int32 * len(ids))(*ids) for ids in (request.prompt, request.stop))
+        sampling = (request.temperature, request.top_p, request.seed)
+        arguments = (prompt, len(prompt), request.max_tokens, stops, len(stops), *sampling)
+        handle = self.library.hasten_submit(self._server, *arguments)
+        return Stream(self, request, handle)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """A function of the server, which does nothing once the session is closed."""
+        return getattr(self.library, f"hasten_{name}")(self._server, *arguments) if self._server else None
+
+    def memory(self) -> dict[str, int | None]:
+        return {"weights": self._weight_bytes, "kv_cache": self.call("cache_bytes")}
+
+    def guesses(self) -> tuple[int, int]:
+        """Tokens that were guessed so far, and those of them that were right."""
+        guessed, right = ctypes.c_int64(), ctypes.c_int64()
+        self.call("guesses", ctypes.byref(guessed), ctypes.byref(right))
+        return guessed.value, right.value
+
+    def close(self) -> None:
+        server, self._server = self._server, None
+        if server:
+            self.library.hasten_close(server)
+
+
+class Stream(Iterator[Token]):
+    """The tokens of one request. `close` cancels it; so does dropping the stream."""
+
+    def __init__(self, session: NativeSession, request: Request, handle: int) -> None:
+        self._session, self._request, self._handle = session, request, handle
+        self._ready: deque[Token] = deque()
+        self._seen, self._status = 0, RUNNING
+        self._ids, self._seconds = (ctypes.c_int32 * POLLED)(), (ctypes.c_double * POLLED)()
+
+    def __next__(self) -> Token:
+        while not self._ready:
+            if self._status >= FINISHED:
+                self.close()
+                if self._status == NOT_FINITE:
+                    raise RuntimeError(
+                        f"request {self._request.id}: the logits are not finite after {self._seen} tokens"
+                    )
+                raise StopIteration
+            self._poll()
+            if not self._ready and self._status < FINISHED:
+                self._session.call("wait", self._handle, HAND_OVER_SECONDS)
+        return self._ready.popleft()
+
+    def _poll(self) -> None:
+        status = ctypes.c_int32(FINISHED)
+        arguments = (self._handle, self._seen, POLLED, self._ids, self._seconds, ctypes.byref(status))
+        count = self._session.call("poll", *arguments) or 0
+        self._ready.extend(Token(self._request.id, self._ids[i], self._seconds[i]) for i in range(count))
+        self._seen, self._status = self._seen + count, status.value
+
+    def close(self) -> None:
+        """Cancel the request and wait until the engine has let go of it."""
+        handle, self._handle = self._handle, 0
+        if not handle:
+            return
+        self._session.call("cancel", handle)
+        self._session.call("wait", handle, 60.0)
+        self._session.call("forget", handle)
+        self._ready.clear()
+        self._status = max(self._status, FINISHED)
+
+    def __del__(self) -> None:
+        if self._handle:
+            self._session.call("forget", self._handle)
+
+
+def arithmetic(engine: Native, native_format: str, kernel: str) -> str:
+    """What most multiplications really use."""
+    if engine.activation_dtype is Dtype.float32:
+        return "float32"
+    if native_format.startswith("int"):
+        return "int8"
+    return "bfloat16" if native_format == "bfloat16" and "BF16" in kernel else "float32"
+
+
+def shape_of(
+    engine: Native, config: ModelConfig, context: int, places: Json, arena: Arena
+) -> tuple[Shape, list[object]]:
+    """The model as the kernels know it, and what must outlive them."""
+    import torch
+
+    from hasten.engine.native.layout import MATRICES, NORMS, Layer, Shape, padded
+    from hasten.model.config import Activation, RopeScaling
+    from hasten.model.decoder import frequencies, rotary
+
+    kept: list[object] = []
+    layers = (Layer * config.layers)()
+    for number in range(config.layers):
+        layer = layers[number]
+        for name in MATRICES:
+            setattr(layer, name, arena.matrix(places[f"{number}.{name}"]))
+        for name in NORMS:
+            setattr(layer, name, arena.at(places.get(f"{number}.{name}", {}).get("data")))
+        layer.window = config.sliding_window if config.slides(number) else 0
+        layer.rope = int(config.slides(number) and config.local_rope_theta > 0)
+    local = (config.local_rope_theta or config.rope_theta, RopeScaling())
+    shape = Shape(
+        layers=config.layers, hidden=config.hidden_size, heads=config.heads, kv_heads=config.kv_heads,
+        width=config.head_width, feed=config.feed_forward_size, vocabulary=config.vocab_size,
+        context=padded(context, 16), slots=engine.slots, batch=engine.micro_batch, threads=engine.thread_count,
+        guesses=engine.guesses,
+        gelu=config.activation is Activation.gelu_tanh,
+        precision=FLOATS if engine.activation_dtype is Dtype.float32 else INTEGERS,
+        half_cache=engine.kv_cache is Dtype.float16, epsilon=config.norm_epsilon, scale=config.score_scale,
+        embedding_scale=config.hidden_size**0.5 if config.embedding_scale else 1.0, layer=layers,
+        embedding=arena.matrix(places.get("embedding") or places["head"]), head=arena.matrix(places["head"]),
+        norm=arena.at(places["norm"]["data"]),
+    )  # fmt: skip
+    for number, (theta, scaling) in enumerate(((config.rope_theta, config.rope_scaling), local)):
+        angles = rotary(torch.arange(context), frequencies(config.head_width, theta, scaling))
+        tables = [table[:, : config.head_width // 2].contiguous() for table in angles]  # the halves share angles
+        shape.cosines[number], shape.sines[number] = (table.data_ptr() for table in tables)
+        kept += tables
+    return shape, [*kept, layers]

@@ -1,0 +1,96 @@
+"""The native engine's kernels, compiled for this machine by its own compiler and kept under `.work/engines`.
+
+`-march=native` is the point: the kernels follow what the processor has (AVX-512 with VNNI and bfloat16), and fall back
+to portable code, which the compiler vectorises as well as it can.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+from hasten.artifacts import replacing
+from hasten.errors import UserError
+from hasten.hardware import cpu_flags
+
+SOURCES = Path(__file__).parent / "cpp"
+BASE = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+
+
+def flags() -> list[str]:
+    """Ours, and after them what CXXFLAGS says."""
+    return [*BASE, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler's command: `$CXX`, or the first of the usual ones that is there."""
+    if chosen := os.environ.get("CXX"):
+        return shlex.split(chosen)
+    found = next((path for name in ("g++", "clang++", "c++") if (path := shutil.which(name))), None)
+    return [found] if found else None
+
+
+def library(cache: Path) -> ctypes.CDLL:
+    """The compiled kernels; built once per compiler, processor and source. Raises `UserError` if that fails."""
+    command = compiler()
+    if command is None:
+        raise UserError("engine native needs a C++ compiler (g++ or clang++, or the one that CXX names), found none")
+    sources = sorted(SOURCES.iterdir())
+    parts = [version(tuple(command)), " ".join(flags()), " ".join(cpu_flags()), *(path.read_text() for path in sources)]
+    folder = cache / "native" / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        from filelock import FileLock
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if not folder.is_dir():
+                with replacing(folder) as temporary:
+                    temporary.mkdir()
+                    compile_to(temporary / "hasten.so", command)
+    return declared(ctypes.CDLL(str(folder / "hasten.so")))
+
+
+def compile_to(path: Path, command: list[str]) -> None:
+    done = subprocess.run(
+        [*command, *flags(), "-o", str(path), str(SOURCES / "server.cpp")], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
+        raise UserError(f"{command[0]} could not compile the kernels of engine native: {said}")
+
+
+@lru_cache
+def version(command: tuple[str, ...]) -> str:
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"CXX must name a C++ compiler that runs, got {shlex.join(command)}: {error}") from None
+    return done.stdout
+
+
+def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """With the types of its functions (`cpp/server.cpp`)."""
+    int32, int64, pointer = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+    ints, doubles = ctypes.POINTER(int32), ctypes.POINTER(ctypes.c_double)
+    types: dict[str, tuple[type | None, list[type]]] = {
+        "kernels": (ctypes.c_char_p, []),
+        "open": (pointer, [pointer]),
+        "close": (None, [pointer]),
+        "cache_bytes": (int64, [pointer]),
+        "guesses": (None, [pointer, ctypes.POINTER(int64), ctypes.POINTER(int64)]),
+        "submit": (int64, [pointer, ints, int32, int32, ints, int32, ctypes.c_float, ctypes.c_float, ctypes.c_uint64]),
+        "poll": (int32, [pointer, int64, int32, int32, ints, doubles, ints]),
+        "wait": (None, [pointer, int64, ctypes.c_double]),
+        "cancel": (None, [pointer, int64]),
+        "forget": (None, [pointer, int64]),
+    }
+    for name, (result, arguments) in types.items():
+        function = getattr(loaded, f"hasten_{name}")
+        function.restype, function.argtypes = result, arguments
+    return loaded

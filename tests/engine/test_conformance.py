@@ -1,0 +1,213 @@
+"""What every engine has to do, whatever it is made of: one suite, run against each."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from hasten.artifacts import Variant
+from hasten.engine.base import Dtype, Engine, Request, Session, Token
+from hasten.engine.eager import Eager
+from hasten.engine.llamacpp import Llamacpp
+from hasten.engine.native import Native
+from hasten.engine.sampling import probabilities
+from hasten.engine.transformers import Transformers
+from hasten.errors import UserError
+from hasten.model.huggingface import load_network
+from tests.engine import llama
+
+EXACT: dict[str, Any] = {
+    "threads": 2,
+    "weight_dtype": Dtype.float32,
+    "kv_cache_dtype": Dtype.float32,
+    "max_context": 256,
+}
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "eager": lambda **options: Eager(**EXACT, **options),
+    "llamacpp": lambda **options: Llamacpp(**EXACT, **options),
+    "native": lambda **options: Native(**EXACT, activation_dtype=Dtype.float32, **options),
+    "transformers": lambda **options: Transformers(**EXACT, **options),
+}
+BATCHING = ("llamacpp", "native")  # the others take one request after another
+NEEDS = {"llamacpp": "xllamacpp"}
+NEAR_TIE = 0.01  # two logits closer than this may change places: sums are in another order
+Make = Callable[..., closing[Session]]
+
+
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
+    return llama.variant(tmp_path_factory.mktemp("variant") / "v", llama.shape())
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def opened(name: str, variant: Variant, cache: Path, **options: Any) -> closing[Session]:
+    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
+    engine = ENGINES[name](**options)
+    assert engine.supports(variant), engine.supports(variant).reason
+    return closing(engine.load(variant, cache))
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def session(request: pytest.FixtureRequest, variant: Variant, cache: Path) -> Iterator[Session]:
+    with opened(request.param, variant, cache) as loaded:
+        yield loaded
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
+
+
+def ids(stream: Iterator[Token]) -> list[int]:
+    return [token.id for token in stream]
+
+
+def far_from_best(variant: Variant, asked: tuple[int, ...], found: list[int]) -> float:
+    """By how much a logit lay above that of the token found, at most, in a network without a cache."""
+    with torch.inference_mode():
+        logits = load_network(variant).eval()(torch.tensor([[*asked, *found]]))[0, len(asked) - 1 : -1]
+    return float((logits.max(-1).values - logits[range(len(found)), found]).max())
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 200])
+def test_greedy_answers_are_the_networks(variant: Variant, session: Session, length: int) -> None:
+    asked = prompt(length, length)
+    found = ids(session.submit(Request(1, asked, 24)))
+    assert far_from_best(variant, asked, found) < NEAR_TIE
+
+
+def test_every_token_comes_in_order_with_its_request_and_its_time(session: Session) -> None:
+    tokens = list(session.generate([Request(7, prompt(9), 12), Request(3, prompt(4), 5)]))
+    assert [token.request for token in tokens] == [7] * 12 + [3] * 5
+    for number in (7, 3):
+        times = [token.seconds for token in tokens if token.request == number]
+        assert times == sorted(times)
+        assert 0 < times[0] < times[-1] < 20
+
+
+def test_a_stop_is_yielded_last_and_without_one_the_length_is_exact(session: Session) -> None:
+    free = ids(session.submit(Request(0, prompt(5), 40)))
+    assert len(free) == 40
+    stop = next(token for i, token in enumerate(free) if i > 3 and token not in free[:i])
+    assert ids(session.submit(Request(1, prompt(5), 40, frozenset({stop, 319})))) == free[: free.index(stop) + 1]
+    assert ids(session.submit(Request(2, prompt(5), 40, frozenset({319} - set(free))))) == free
+
+
+def test_a_request_may_fill_the_context_and_not_a_token_more(session: Session) -> None:
+    assert len(ids(session.submit(Request(0, prompt(246), 10)))) == 10
+    for asked, most in ((prompt(246), 11), (prompt(400), 1)):
+        words = rf"prompt \({len(asked)}\) and max_tokens \({most}\) must fit max_context \(256\)"
+        with pytest.raises(UserError, match=words):
+            session.submit(Request(0, asked, most))
+
+
+def test_tokens_that_are_pieces_of_a_character_come_one_by_one(variant: Variant, session: Session) -> None:
+    """The bytes of Chinese characters: an engine that speaks text would hold them back until one is whole."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(variant.path / "tokenizer.json"))
+    asked = tuple(tokenizer.encode("漢字🙂").ids)
+    assert len(asked) > 3  # no piece is a whole character
+    tokens = list(session.submit(Request(0, asked, 20)))
+    assert len(tokens) == 20
+    assert len({token.seconds for token in tokens}) == 20
+
+
+def test_closing_a_stream_cancels_and_the_next_answer_is_right(session: Session) -> None:
+    expected = ids(session.submit(Request(0, prompt(9), 8)))
+    for drop in (False, True):
+        stream: Any = session.submit(Request(1, prompt(4), 250))
+        next(stream)
+        if drop:
+            del stream
+            gc.collect()
+        else:
+            stream.close()
+            assert list(stream) == []
+        assert ids(session.submit(Request(2, prompt(9), 8))) == expected
+
+
+@pytest.mark.parametrize("name", BATCHING)
+def test_sixty_four_at_once_get_the_answers_they_get_alone(variant: Variant, cache: Path, name: str) -> None:
+    requests = [Request(i, prompt(1 + 7 * i % 61, i), 5 + i % 20) for i in range(64)]
+    with opened(name, variant, cache, slots=16) as engine:
+        streams = [engine.submit(request) for request in requests]
+        answers = [list(stream) for stream in streams]
+    for request, tokens in zip(requests, answers, strict=True):
+        assert [token.request for token in tokens] == [request.id] * request.max_tokens
+        assert far_from_best(variant, request.prompt, [token.id for token in tokens]) < NEAR_TIE
+    starts, ends = zip(*((tokens[0].seconds, tokens[-1].seconds) for tokens in answers[:16]), strict=True)
+    assert any(starts[i + 1] < ends[i] for i in range(15))  # not one after the other
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_was_closed_can_be_loaded_again(variant: Variant, cache: Path, name: str) -> None:
+    answers = []
+    for _ in range(2):
+        with opened(name, variant, cache) as engine:
+            answers.append(ids(engine.submit(Request(0, prompt(9), 8))))
+    assert answers[0] == answers[1]
+
+
+def test_two_hundred_requests_leave_no_memory_behind(session: Session) -> None:
+    def ask(count: int) -> int:
+        for i in range(count):
+            ids(session.submit(Request(i, prompt(20, i), 10)))
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    before = ask(40)
+    assert ask(200) - before < 4 * 2**20
+
+
+def test_the_same_seed_draws_the_same_tokens_and_another_one_others(session: Session) -> None:
+    asked = [Request(i, prompt(9), 20, temperature=1.5, top_p=0.95, seed=seed) for i, seed in enumerate((5, 5, 6))]
+    first, again, other = (ids(session.submit(request)) for request in asked)
+    assert first == again != other
+    assert first != ids(session.submit(Request(3, prompt(9), 20)))  # nor is it the greedy answer
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.0, 1.0), (1.0, 0.6)])
+def test_tokens_are_drawn_as_often_as_they_are_probable(
+    variant: Variant, session: Session, temperature: float, top_p: float
+) -> None:
+    asked, draws = prompt(9), 600
+    with torch.inference_mode():
+        logits = load_network(variant).eval()(torch.tensor([asked]))[0, -1]
+    expected = probabilities(logits, temperature, top_p)
+    found = torch.zeros(len(expected))
+    for seed in range(draws):
+        request = Request(seed, asked, 1, temperature=temperature, top_p=top_p, seed=seed)
+        found[ids(session.submit(request))[0]] += 1
+    assert found[expected == 0].sum() <= draws * 0.01  # at the nucleus' edge, rounding decides
+    common = expected * draws >= 5  # what chi-square asks for; the rest is one class
+    pairs = [torch.cat([values[common], values[~common].sum()[None]]) for values in (found, expected * draws)]
+    observed, wanted = (values[pairs[1] > 0].numpy() for values in pairs)
+    assert chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperature": -1.0}, r"temperature must be 0 \(greedy\) or more, got -1.0"),
+        ({"top_p": 0.0}, "top_p must be above 0, and at most 1, got 0.0"),
+        ({"seed": -1}, r"seed must be 0 to 2\*\*32 - 1, got -1"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Request(0, (1,), 1, **changes)

@@ -1,0 +1,251 @@
+"""The native kernels against our own network: every family, every format, alone and side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hasten.artifacts import Variant
+from hasten.compression.rtn import Rtn
+from hasten.engine.base import Dtype, Request, Token
+from hasten.engine.native import Native, NativeSession
+from hasten.engine.native import library as kernels
+from hasten.errors import UserError
+from hasten.hardware import cpu_flags
+from hasten.model.huggingface import load_network, save_checkpoint
+from hasten.model.network import Network
+from tests.engine import llama
+
+pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="needs a C++ compiler")
+EXACT = {
+    "threads": 2,
+    "weight_dtype": Dtype.float32,
+    "activation_dtype": Dtype.float32,
+    "kv_cache_dtype": Dtype.float32,
+    "max_context": 256,
+}
+TOKENS = 24
+NEAR_TIE = 0.002  # two logits closer than this may change places: sums are in another order
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the kernels are compiled once for all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def session(variant: Variant, cache: Path, **options: Any) -> closing[NativeSession]:
+    return closing(Native(**{**EXACT, **options}).load(variant, cache))
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
+
+
+def ids(stream: Iterator[Token]) -> list[int]:
+    return [token.id for token in stream]
+
+
+def far_from_best(model: Network, asked: tuple[int, ...], found: list[int]) -> float:
+    """By how much a logit lay above that of the token found, at most."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*asked, *found]]))[0, len(asked) - 1 : -1]
+    return float((logits.max(-1).values - logits[range(len(found)), found]).max())
+
+
+def quantised(variant: Variant, bits: int, group_size: int) -> Variant:
+    made = Rtn(bits=bits, group_size=group_size).compress(variant, None, 0)
+    assert made.grid is not None
+    folder = variant.path.with_name(f"int{bits}-{group_size}")
+    manifest = {**variant.manifest, "name": folder.name, "grid": made.grid.describe()}
+    save_checkpoint(folder, made.config, made.tensors, variant.path, manifest)
+    return Variant(folder)
+
+
+@pytest.mark.parametrize("name", [*llama.CASES, "mistral-slides"])
+def test_greedy_continuations_equal_our_network(tmp_path: Path, cache: Path, name: str) -> None:
+    slides = llama.shape(sliding_window=8, head_size=24)
+    variant = llama.variant(tmp_path / "v", llama.CASES.get(name, slides))
+    model = load_network(variant).eval()
+    with session(variant, cache, micro_batch=32) as engine:
+        for seed, length in enumerate((1, 9, 40, 100)):
+            asked = prompt(length, seed)
+            found = ids(engine.submit(Request(seed, asked, TOKENS)))
+            assert far_from_best(model, asked, found) < NEAR_TIE
+        assert len(set(found)) > 4  # a model that repeats itself would prove little
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (8, 32), (8, 64), (4, 0), (4, 32), (4, 64)])
+@pytest.mark.parametrize("name", ["llama-biases", "gemma3"])
+def test_integers_are_multiplied_as_they_are(
+    tmp_path: Path, cache: Path, name: str, bits: int, group_size: int
+) -> None:
+    variant = quantised(llama.variant(tmp_path / "v", llama.CASES[name]), bits, group_size)
+    model = load_network(variant).eval()
+    prompts = [prompt(20, seed) for seed in range(20)]
+    with session(variant, cache) as exact:
+        assert exact.kernel.startswith(f"int{bits} ")
+        for asked in prompts[:3]:
+            assert far_from_best(model, asked, ids(exact.submit(Request(0, asked, TOKENS)))) < NEAR_TIE
+    with session(variant, cache, activation_dtype=Dtype.auto) as engine:
+        assert engine.arithmetic == "int8"
+        firsts = [ids(engine.submit(Request(i, asked, 1))) for i, asked in enumerate(prompts)]
+    # Activations are rounded to 8 bits on the way, so near ties may fall otherwise.
+    assert sum(far_from_best(model, *pair) == 0 for pair in zip(prompts, firsts, strict=True)) >= 16
+
+
+@pytest.mark.skipif("avx512f" not in cpu_flags(), reason="the portable kernels are the ones that all tests use")
+def test_a_processor_without_the_instructions_computes_the_same(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant = llama.variant(tmp_path / "v", llama.shape())
+    cases = [(variant, EXACT), (quantised(variant, 8, 32), {}), (quantised(variant, 4, 64), {})]
+    answers: list[list[int]] = []
+    for lacking in ("", "-mno-avx512f"):
+        monkeypatch.setenv("CXXFLAGS", lacking)
+        for one, options in cases:
+            with closing(
+                Native(**{"max_context": 256, "kv_cache_dtype": Dtype.float32, **options}).load(one, cache)
+            ) as engine:
+                assert engine.kernel.endswith("(portable)") == bool(lacking)
+                answers.append([ids(engine.submit(Request(i, prompt(20, i), 1)))[0] for i in range(20)])
+    for fast, portable in zip(answers[:3], answers[3:], strict=True):
+        assert sum(a == b for a, b in zip(fast, portable, strict=True)) >= 19  # a near tie may fall otherwise
+
+
+@pytest.mark.parametrize("kv_cache", [Dtype.float16, Dtype.float32])
+def test_bfloat16_weights_and_a_half_cache_are_close(tmp_path: Path, cache: Path, kv_cache: Dtype) -> None:
+    variant = llama.variant(tmp_path / "v", llama.shape())
+    model = load_network(variant).eval()
+    options = {"weight_dtype": Dtype.bfloat16, "activation_dtype": Dtype.auto, "kv_cache_dtype": kv_cache}
+    with session(variant, cache, **options) as engine:
+        worst = [far_from_best(model, p, ids(engine.submit(Request(0, p, 1)))) for p in map(prompt, range(20, 40))]
+    assert sum(one == 0 for one in worst) >= 16
+    assert max(worst) < 0.5
+
+
+def test_requests_side_by_side_get_the_answers_they_get_alone(tmp_path: Path, cache: Path) -> None:
+    """Sixty-four of unequal lengths in sixteen slots, prompts cut where a pass is full."""
+    variant = llama.variant(tmp_path / "v", llama.shape())
+    model = load_network(variant).eval()
+    requests = [Request(i, prompt(1 + 7 * i % 61, i), 5 + i % 20) for i in range(64)]
+    with session(variant, cache, slots=16, micro_batch=24) as engine:
+        streams = [engine.submit(request) for request in requests]
+        answers = [list(stream) for stream in streams]
+    for request, tokens in zip(requests, answers, strict=True):
+        assert [token.request for token in tokens] == [request.id] * request.max_tokens
+        assert far_from_best(model, request.prompt, [token.id for token in tokens]) < NEAR_TIE
+    starts, ends = zip(*((tokens[0].seconds, tokens[-1].seconds) for tokens in answers[:16]), strict=True)
+    assert any(starts[i + 1] < ends[i] for i in range(15))  # not one after the other
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.1])
+def test_guesses_change_how_long_it_takes_and_not_a_token(tmp_path: Path, cache: Path, temperature: float) -> None:
+    """A prompt that repeats itself, so that some guesses are right."""
+    variant = quantised(llama.variant(tmp_path / "v", llama.shape()), 4, 32)
+    asked = prompt(6) * 5
+    requests = [Request(i, asked[i:], 60, temperature=temperature, seed=i) for i in range(4)]
+    answers = []
+    for guesses in (0, 1, 7):
+        with session(variant, cache, activation_dtype=Dtype.auto, slots=2, guesses=guesses) as engine:
+            answers.append([ids(stream) for stream in [engine.submit(request) for request in requests]])
+            guessed, right = engine.guesses()
+        assert (guessed > right > 0) if guesses else guessed == 0
+    assert answers[0] == answers[1] == answers[2]
+    assert all(len(answer) == 60 for answer in answers[0])
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[NativeSession]:
+    with session(llama.variant(tmp_path_factory.mktemp("variant") / "v", llama.shape()), cache) as one:
+        yield one
+
+
+def test_a_session_closed_in_the_middle_ends_its_streams(tmp_path: Path, cache: Path) -> None:
+    with session(llama.variant(tmp_path / "v", llama.shape()), cache) as engine:
+        running, waiting = (engine.submit(Request(i, prompt(4), 250)) for i in range(2))
+        next(running)
+    assert len(list(running)) < 250
+    assert list(waiting) == []
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(Request(2, prompt(4), 1))
+    engine.close()  # twice does no harm
+
+
+def test_what_does_not_fit_is_refused(loaded: NativeSession) -> None:
+    assert len(ids(loaded.submit(Request(0, prompt(246), 10)))) == 10
+    with pytest.raises(UserError, match=r"prompt \(246\) and max_tokens \(11\) must fit max_context \(256\)"):
+        loaded.submit(Request(0, prompt(246), 11))
+    with pytest.raises(UserError, match="token ids must be 0 to 319, got 320"):
+        loaded.submit(Request(0, (5, 320), 1))
+
+
+def test_the_session_says_what_it_runs_and_what_it_holds(loaded: NativeSession) -> None:
+    config = llama.shape()
+    matrices = sum(v.numel() * 4 for v in llama.random_tensors(config).values() if v.dim() == 2)
+    assert loaded.kernel.startswith("float32 (")
+    assert loaded.weight_bytes_per_token == matrices
+    kv = 2 * config.layers * config.kv_heads * config.head_width * 256 * 4
+    assert loaded.memory() == {"weights": matrices, "kv_cache": kv}
+    assert loaded.kv_bytes_per_position * 256 == kv
+
+
+def test_longer_groups_are_fewer_bytes(tmp_path: Path, cache: Path) -> None:
+    variant = llama.variant(tmp_path / "v", llama.shape(tied_head=False))
+    sizes = []
+    for group_size in (32, 64):
+        with session(quantised(variant, 4, group_size), cache) as engine:
+            sizes.append(engine.weight_bytes_per_token)
+    assert sizes[1] < sizes[0]
+
+
+def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, cache: Path) -> None:
+    config = llama.shape()
+    tensors = llama.random_tensors(config)
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e38
+    variant = llama.variant(tmp_path / "v", config, tensors)
+    words = "request 3: the logits are not finite after 0 tokens"
+    with session(variant, cache) as engine, pytest.raises(RuntimeError, match=words):
+        list(engine.submit(Request(3, prompt(4), 5)))
+
+
+def test_the_build_is_kept_and_another_dtype_is_another_one(tmp_path: Path, cache: Path) -> None:
+    variant = llama.variant(tmp_path / "v", llama.shape())
+    low, full = (Native(weight_dtype=dtype).build(variant, tmp_path) for dtype in (Dtype.auto, Dtype.float32))
+    assert (low / "weights.bin").stat().st_size < (full / "weights.bin").stat().st_size
+    before = (full / "weights.bin").stat().st_mtime_ns
+    assert Native(weight_dtype=Dtype.float32).build(variant, tmp_path) == full
+    assert (full / "weights.bin").stat().st_mtime_ns == before
+
+
+def test_a_compiler_that_is_missing_or_fails_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant = llama.variant(tmp_path / "v", llama.shape())
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="CXX must name a C\\+\\+ compiler that runs, got no-such-compiler"):
+        Native().load(variant, tmp_path / "cache")
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert "needs a C++ compiler" in str(Native().supports(variant).reason)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"devices": ["cuda:0"]}, r"devices must be \[cpu\] for native"),
+        ({"weight_dtype": Dtype.float16}, "weight_dtype must be auto, bfloat16 or float32 for native, got float16"),
+        ({"activation_dtype": Dtype.float16}, "activation_dtype must be auto or float32 for native, got float16"),
+        ({"kv_cache_dtype": Dtype.bfloat16}, "kv_cache_dtype must be auto, float16 or float32 for native"),
+        ({"slots": 0}, "slots must be 1 to 256, got 0"),
+        ({"guesses": -1}, r"guesses must be 0 to micro_batch - 1 \(255\), got -1"),
+        ({"slots": 8, "micro_batch": 4}, r"micro_batch must be slots \(8\) to 4096, got 4"),
+    ],
+)
+def test_options_are_checked_at_the_door(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Native(**options)
