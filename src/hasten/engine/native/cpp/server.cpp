@@ -136,6 +136,7 @@ private:
     using Asking = std::vector<std::pair<std::shared_ptr<Sequence>, int>>;
 
     void serve() {
+        stay_on_core(0, s.threads);  // it is the first of the team
         std::vector<Input> inputs;
         Asking asking;
         for (;;) {

@@ -10,12 +10,29 @@
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 namespace hasten {
 
 inline void relax() {
 #ifdef __x86_64__
     _mm_pause();
+#endif
+}
+
+// Keeps the n-th of `count` threads on a core of its own, if these are all the cores that the process may use. Threads that
+// meet every few microseconds must not share one, and a scheduler has those that it wakes for a short while do just that.
+inline void stay_on_core(int n, int count) {
+#ifdef __linux__
+    cpu_set_t allowed, one;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) || CPU_COUNT(&allowed) != count) return;
+    CPU_ZERO(&one);
+    for (int core = 0; core < CPU_SETSIZE; core++)
+        if (CPU_ISSET(core, &allowed) && n-- == 0) CPU_SET(core, &one), sched_setaffinity(0, sizeof one, &one);
+#else
+    (void)n, (void)count;
 #endif
 }
 
@@ -63,6 +80,7 @@ private:
     static constexpr int PATIENCE = 4000, LONG = 200000;
 
     void follow(int i) {
+        stay_on_core(i, count_);
         for (unsigned seen = 0;;) {
             for (int spins = 0; round_.load(std::memory_order_acquire) == seen && spins < LONG; spins++)
                 spins < PATIENCE ? relax() : std::this_thread::yield();
