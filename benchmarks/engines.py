@@ -13,6 +13,7 @@ highest, what share of the memory bandwidth decoding used (MBU), and of the arit
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import statistics
@@ -87,7 +88,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Tokens per second, and what was loaded. together: of all users."""
+    """Tokens per second, and what was loaded. together: of all users, NaN for engines that take them one by one."""
 
     decode: float
     prefill: float
@@ -154,7 +155,7 @@ def measure(case: Case, shape: str, folder: Path) -> Result | str:
         work = Work(config, session.weight_bytes_per_token, session.kv_bytes_per_position, session.arithmetic)
         kernel = session.kernel
         if case.engine in SEQUENTIAL:
-            return Result(decode, prefill, decode, kernel, work)
+            return Result(decode, prefill, math.nan, kernel, work)
     with closing(replace(case, slots=USERS).options().load(variant, folder / "engines")) as session:
         return Result(decode, prefill, users(session, config), kernel, work)
 
@@ -190,6 +191,8 @@ def show(console: Console, shape: str, results: dict[Case, list[Result]], roofs:
 
 
 def spread(values: list[float]) -> str:
+    if math.isnan(values[0]):
+        return "one by one"
     return f"{statistics.median(values):,.0f} [{min(values):,.0f}, {max(values):,.0f}]"
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hasten.artifacts import Variant, replacing, write_json
+from hasten.engine.base import Token
 from hasten.model.config import Activation, ModelConfig, RopeKind, RopeScaling
 from hasten.model.config_json import to_huggingface
 from hasten.model.grid import Grid, portable_scale, quantise, stored
 from hasten.model.huggingface import save_checkpoint
+from hasten.model.network import Network
 
 VOCABULARY = 320
 SPECIALS = ["<|bos|>", "<|eos|>", "<|pad|>"]
@@ -147,3 +150,20 @@ def rewrite(checkpoint: Variant, changes: dict[str, torch.Tensor | None]) -> Var
         {name: value for name, value in tensors.items() if value is not None}, checkpoint.path / "model.safetensors"
     )
     return Variant(checkpoint.path)
+
+
+def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Random ids."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
+
+
+def ids(stream: Iterable[Token]) -> list[int]:
+    return [token.id for token in stream]
+
+
+def far_from_best(model: Network, asked: tuple[int, ...], found: list[int]) -> float:
+    """By how much a logit lay above that of the token found, at most, in a network without a cache."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*asked, *found]]))[0, len(asked) - 1 : -1]
+    return float((logits.max(-1).values - logits[range(len(found)), found]).max())

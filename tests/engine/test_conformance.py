@@ -15,7 +15,7 @@ import torch
 from scipy.stats import chisquare
 
 from hasten.artifacts import Variant
-from hasten.engine.base import Dtype, Engine, Request, Session, Token
+from hasten.engine.base import Dtype, Engine, Request, Session
 from hasten.engine.eager import Eager
 from hasten.engine.llamacpp import Llamacpp
 from hasten.engine.native import Native
@@ -24,6 +24,7 @@ from hasten.engine.transformers import Transformers
 from hasten.errors import UserError
 from hasten.model.huggingface import load_network
 from tests.engine import llama
+from tests.engine.llama import far_from_best, ids, prompt
 
 EXACT: dict[str, Any] = {
     "threads": 2,
@@ -67,27 +68,11 @@ def session(request: pytest.FixtureRequest, variant: Variant, cache: Path) -> It
         yield loaded
 
 
-def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
-
-
-def ids(stream: Iterator[Token]) -> list[int]:
-    return [token.id for token in stream]
-
-
-def far_from_best(variant: Variant, asked: tuple[int, ...], found: list[int]) -> float:
-    """By how much a logit lay above that of the token found, at most, in a network without a cache."""
-    with torch.inference_mode():
-        logits = load_network(variant).eval()(torch.tensor([[*asked, *found]]))[0, len(asked) - 1 : -1]
-    return float((logits.max(-1).values - logits[range(len(found)), found]).max())
-
-
 @pytest.mark.parametrize("length", [1, 2, 31, 200])
 def test_greedy_answers_are_the_networks(variant: Variant, session: Session, length: int) -> None:
     asked = prompt(length, length)
     found = ids(session.submit(Request(1, asked, 24)))
-    assert far_from_best(variant, asked, found) < NEAR_TIE
+    assert far_from_best(load_network(variant).eval(), asked, found) < NEAR_TIE
 
 
 def test_every_token_comes_in_order_with_its_request_and_its_time(session: Session) -> None:
@@ -149,7 +134,7 @@ def test_sixty_four_at_once_get_the_answers_they_get_alone(variant: Variant, cac
         answers = [list(stream) for stream in streams]
     for request, tokens in zip(requests, answers, strict=True):
         assert [token.request for token in tokens] == [request.id] * request.max_tokens
-        assert far_from_best(variant, request.prompt, [token.id for token in tokens]) < NEAR_TIE
+        assert far_from_best(load_network(variant).eval(), request.prompt, [token.id for token in tokens]) < NEAR_TIE
     starts, ends = zip(*((tokens[0].seconds, tokens[-1].seconds) for tokens in answers[:16]), strict=True)
     assert any(starts[i + 1] < ends[i] for i in range(15))  # not one after the other
 

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hasten.artifacts import Variant
 from hasten.compression.rtn import Rtn
-from hasten.engine.base import Dtype, Request, Token
+from hasten.engine.base import Dtype, Request
 from hasten.engine.native import Native, NativeSession
-from hasten.engine.native import library as kernels
+from hasten.engine.native import build as kernels
 from hasten.errors import UserError
 from hasten.hardware import cpu_flags
 from hasten.model.huggingface import load_network, save_checkpoint
-from hasten.model.network import Network
 from tests.engine import llama
+from tests.engine.llama import far_from_best, ids, prompt
 
 pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="needs a C++ compiler")
 EXACT = {
@@ -41,22 +40,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def session(variant: Variant, cache: Path, **options: Any) -> closing[NativeSession]:
     return closing(Native(**{**EXACT, **options}).load(variant, cache))
-
-
-def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(3, 300, (length,), generator=generator).tolist())
-
-
-def ids(stream: Iterator[Token]) -> list[int]:
-    return [token.id for token in stream]
-
-
-def far_from_best(model: Network, asked: tuple[int, ...], found: list[int]) -> float:
-    """By how much a logit lay above that of the token found, at most."""
-    with torch.inference_mode():
-        logits = model(torch.tensor([[*asked, *found]]))[0, len(asked) - 1 : -1]
-    return float((logits.max(-1).values - logits[range(len(found)), found]).max())
 
 
 def quantised(variant: Variant, bits: int, group_size: int) -> Variant:

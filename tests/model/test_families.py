@@ -164,10 +164,8 @@ def transformers_configs(draw: st.DrawFn) -> tuple[str, Json]:
         "rope_parameters": rope,
     }
     width = draw(st.sampled_from([None, 2, 8, 18]))
-    if family in ("qwen3", "gemma3_text"):  # heads are normed, and a norm over two numbers magnifies rounding
-        fields["head_dim"] = max(width or 10, 4)
-    elif width is not None:
-        fields["head_dim"] = width
+    if width is not None or family in ("qwen3", "gemma3_text"):
+        fields["head_dim"] = width or 10
     if family != "mistral" and family != "qwen2":
         fields["attention_bias"] = draw(st.booleans())
     if family == "llama":

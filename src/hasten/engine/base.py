@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hasten.artifacts import Variant
+from hasten.artifacts import Variant, replacing
 from hasten.errors import UserError
 from hasten.hardware import cpu_count
 
@@ -36,6 +36,20 @@ class Parallel(Enum):
     tensor = "tensor"
     pipeline = "pipeline"
     data = "data"
+
+
+def built(folder: Path, make: Callable[[Path], object]) -> Path:
+    """`folder`, which `make` fills if it is not there yet: once, however many processes want it."""
+    if not folder.is_dir():
+        from filelock import FileLock
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if not folder.is_dir():
+                with replacing(folder) as temporary:
+                    temporary.mkdir()
+                    make(temporary)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,16 @@ class Request:
             raise UserError(f"request {self.id}: top_p must be above 0, and at most 1, got {self.top_p}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"request {self.id}: seed must be 0 to 2**32 - 1, got {self.seed}")
+
+    def check(self, context: int, vocabulary: int) -> None:
+        """Raises `UserError` for ids outside the vocabulary and for more tokens than the context holds."""
+        if len(self.prompt) + self.max_tokens > context:
+            raise UserError(
+                f"request {self.id}: prompt ({len(self.prompt)}) and max_tokens ({self.max_tokens}) "
+                f"must fit max_context ({context})"
+            )
+        if outside := [id_ for id_ in self.prompt if not 0 <= id_ < vocabulary]:
+            raise UserError(f"request {self.id}: token ids must be 0 to {vocabulary - 1}, got {outside[0]}")
 
 
 @dataclass(frozen=True)

@@ -96,11 +96,7 @@ class EagerSession(Session):
         self.cache = model.new_state(1, self.context, kv_dtype, engine.devices[0])
 
     def submit(self, request: Request) -> Iterator[Token]:
-        if len(request.prompt) + request.max_tokens > self.context:
-            raise UserError(
-                f"request {request.id}: prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) "
-                f"must fit max_context ({self.context})"
-            )
+        request.check(self.context, self.model.config.vocab_size)
         return self._tokens(request)
 
     def _tokens(self, request: Request) -> Iterator[Token]:

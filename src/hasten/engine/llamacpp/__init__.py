@@ -29,9 +29,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hasten.artifacts import Json, Variant, read_json, replacing, write_json
+from hasten.artifacts import Json, Variant, read_json, write_json
 from hasten.engine import gguf
-from hasten.engine.base import Dtype, Engine, Request, Session, Support
+from hasten.engine.base import Dtype, Engine, Request, Session, Support, built
 from hasten.engine.streaming import Flight, Stream
 from hasten.errors import UserError
 
@@ -101,17 +101,12 @@ class Llamacpp(Engine):
     def build(self, variant: Variant, cache: Path) -> Path:
         """The folder that holds `variant` as `model.gguf` and its facts; written once, then found again."""
         folder = cache / "llamacpp" / f"{variant.hash}-{self.weights.name}-{gguf.FORMAT}"
-        if not folder.is_dir():
-            from filelock import FileLock
 
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f"{folder.name}.lock")):
-                if not folder.is_dir():
-                    with replacing(folder) as temporary:
-                        temporary.mkdir()
-                        facts = gguf.write(variant, self.weights, temporary / "model.gguf", text=False)
-                        write_json(temporary / "manifest.json", facts)
-        return folder
+        def make(temporary: Path) -> None:
+            facts = gguf.write(variant, self.weights, temporary / "model.gguf", text=False)
+            write_json(temporary / "manifest.json", facts)
+
+        return built(folder, make)
 
     def load(self, variant: Variant, cache: Path) -> LlamacppSession:
         support = self.supports(variant)
@@ -197,14 +192,7 @@ class LlamacppSession(Session):
         """
         if self._server is None:
             raise RuntimeError("the session is closed")
-        if len(request.prompt) + request.max_tokens > self.context:
-            raise UserError(
-                f"request {request.id}: prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) "
-                f"must fit max_context ({self.context})"
-            )
-        size = int(self.facts["vocab_size"])
-        if outside := [id_ for id_ in request.prompt if not 0 <= id_ < size]:
-            raise UserError(f"request {request.id}: token ids must be 0 to {size - 1}, got {outside[0]}")
+        request.check(self.context, int(self.facts["vocab_size"]))
         flight = LlamacppFlight(request)
         self._flights.add(flight)
         self._workers.submit(self._run, flight, _body(request))

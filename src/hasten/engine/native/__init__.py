@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hasten.artifacts import Json, Variant, read_json, replacing, write_json
-from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token
-from hasten.engine.native import library as kernels
+from hasten.artifacts import Json, Variant, read_json, write_json
+from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token, built
+from hasten.engine.native import build as kernels
 from hasten.engine.streaming import HAND_OVER_SECONDS
 from hasten.errors import UserError
 
@@ -73,7 +73,6 @@ class Native(Engine):
             raise UserError(f"engine.slots must be 1 to 256, got {self.slots}")
         if not self.slots <= self.micro_batch <= 4096:
             raise UserError(f"engine.micro_batch must be slots ({self.slots}) to 4096, got {self.micro_batch}")
-
         if not 0 <= self.guesses < self.micro_batch:
             raise UserError(f"engine.guesses must be 0 to micro_batch - 1 ({self.micro_batch - 1}), got {self.guesses}")
 
@@ -112,26 +111,17 @@ class Native(Engine):
         from hasten.engine.native.layout import FORMAT
 
         folder = cache / "native" / f"{variant.hash}-{self.weights.name}-{FORMAT}"
-        if not folder.is_dir():
-            from filelock import FileLock
-
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f"{folder.name}.lock")):
-                if not folder.is_dir():
-                    with replacing(folder) as temporary:
-                        temporary.mkdir()
-                        pack(variant, self.weights, temporary)
-        return folder
+        return built(folder, lambda temporary: pack(variant, self.weights, temporary))
 
     def load(self, variant: Variant, cache: Path) -> NativeSession:
         support = self.supports(variant)
         if not support:
             raise UserError(f"native cannot run {variant.path.name}: {support.reason}")
         start = time.perf_counter()
-        library, folder = kernels.library(cache), self.build(variant, cache)
-        built = time.perf_counter()
-        session = NativeSession(self, library, folder, variant, str(support.native_format))
-        session.compile_seconds, session.load_seconds = built - start, time.perf_counter() - built
+        functions, folder = kernels.load(cache), self.build(variant, cache)
+        ready = time.perf_counter()
+        session = NativeSession(self, functions, folder, variant, str(support.native_format))
+        session.compile_seconds, session.load_seconds = ready - start, time.perf_counter() - ready
         return session
 
     def describe(self) -> Json:
@@ -183,7 +173,6 @@ class Arena:
             read = file.readinto(self.memory)
         if read != size:
             raise UserError(f"{path} could not be read to its end")
-        self.size = size
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
     def at(self, place: int | None) -> int | None:
@@ -199,18 +188,18 @@ class Arena:
 class NativeSession(Session):
     """A running server. `submit` may be called from several threads."""
 
-    def __init__(self, engine: Native, library: Any, folder: Path, variant: Variant, native_format: str) -> None:
+    def __init__(self, engine: Native, functions: Any, folder: Path, variant: Variant, native_format: str) -> None:
         from hasten.model.config_json import from_huggingface
 
-        self.config, self.library = from_huggingface(variant.config), library
+        self.config, self.functions = from_huggingface(variant.config), functions
         self.context = min(engine.max_context, self.config.context)
         places = read_json(folder / "manifest.json")["places"]
         self._arena = Arena(folder / "weights.bin")
         self._shape, self._kept = shape_of(engine, self.config, self.context, places, self._arena)
-        self._server = library.hasten_open(ctypes.byref(self._shape))
+        self._server = functions.hasten_open(ctypes.byref(self._shape))
         if not self._server:
             raise MemoryError(f"native could not reserve a KV cache for {engine.slots} x {self.context} tokens")
-        self.kernel = f"{native_format} ({library.hasten_kernels().decode()})"
+        self.kernel = f"{native_format} ({functions.hasten_kernels().decode()})"
         sizes = {name: entry.get("bytes", 0) for name, entry in places.items()}
         rows = self.config.vocab_size
         self._weight_bytes = sum(sizes.values())
@@ -228,23 +217,16 @@ class NativeSession(Session):
         """
         if self._server is None:
             raise RuntimeError("the session is closed")
-        if len(request.prompt) + request.max_tokens > self.context:
-            raise UserError(
-                f"request {request.id}: prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) "
-                f"must fit max_context ({self.context})"
-            )
-        size = self.config.vocab_size
-        if outside := [id_ for id_ in request.prompt if not 0 <= id_ < size]:
-            raise UserError(f"request {request.id}: token ids must be 0 to {size - 1}, got {outside[0]}")
+        request.check(self.context, self.config.vocab_size)
         prompt, stops = ((ctypes.c_int32 * len(ids))(*ids) for ids in (request.prompt, request.stop))
         sampling = (request.temperature, request.top_p, request.seed)
         arguments = (prompt, len(prompt), request.max_tokens, stops, len(stops), *sampling)
-        handle = self.library.hasten_submit(self._server, *arguments)
+        handle = self.functions.hasten_submit(self._server, *arguments)
         return Stream(self, request, handle)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """A function of the server, which does nothing once the session is closed."""
-        return getattr(self.library, f"hasten_{name}")(self._server, *arguments) if self._server else None
+        return getattr(self.functions, f"hasten_{name}")(self._server, *arguments) if self._server else None
 
     def memory(self) -> dict[str, int | None]:
         return {"weights": self._weight_bytes, "kv_cache": self.call("cache_bytes")}
@@ -258,7 +240,7 @@ class NativeSession(Session):
     def close(self) -> None:
         server, self._server = self._server, None
         if server:
-            self.library.hasten_close(server)
+            self.functions.hasten_close(server)
 
 
 class Stream(Iterator[Token]):

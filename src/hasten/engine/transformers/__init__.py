@@ -123,13 +123,7 @@ class TransformersSession(Session):
 
     def submit(self, request: Request) -> Stream:
         """Raises `UserError` for ids outside the vocabulary and for more tokens than the context holds."""
-        if len(request.prompt) + request.max_tokens > self.context:
-            raise UserError(
-                f"request {request.id}: prompt ({len(request.prompt)}) and max_tokens ({request.max_tokens}) "
-                f"must fit max_context ({self.context})"
-            )
-        if outside := [id_ for id_ in request.prompt if not 0 <= id_ < self.vocabulary]:
-            raise UserError(f"request {request.id}: token ids must be 0 to {self.vocabulary - 1}, got {outside[0]}")
+        request.check(self.context, self.vocabulary)
         flight = Flight(request)
         self._flights.add(flight)
         self._worker.submit(self._run, flight)

@@ -15,7 +15,7 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-from hasten.artifacts import replacing
+from hasten.engine.base import built
 from hasten.errors import UserError
 from hasten.hardware import cpu_flags
 
@@ -36,7 +36,7 @@ def compiler() -> list[str] | None:
     return [found] if found else None
 
 
-def library(cache: Path) -> ctypes.CDLL:
+def load(cache: Path) -> ctypes.CDLL:
     """The compiled kernels; built once per compiler, processor and source. Raises `UserError` if that fails."""
     command = compiler()
     if command is None:
@@ -44,15 +44,7 @@ def library(cache: Path) -> ctypes.CDLL:
     sources = sorted(SOURCES.iterdir())
     parts = [version(tuple(command)), " ".join(flags()), " ".join(cpu_flags()), *(path.read_text() for path in sources)]
     folder = cache / "native" / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    if not folder.is_dir():
-        from filelock import FileLock
-
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if not folder.is_dir():
-                with replacing(folder) as temporary:
-                    temporary.mkdir()
-                    compile_to(temporary / "hasten.so", command)
+    built(folder, lambda temporary: compile_to(temporary / "hasten.so", command))
     return declared(ctypes.CDLL(str(folder / "hasten.so")))
 
 
