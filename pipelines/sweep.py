@@ -15,7 +15,7 @@ def main(config: Sweep) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from hasten.artifacts import load_checkpoint, write_json
-    from hasten.compression.make import calibrated, make_variant
+    from hasten.compression.make import make_variant
     from hasten.evaluation import bits_per_byte, continuation, quality, trial
     from hasten.evaluation.measurement import measurement
     from hasten.evaluation.summary import ceilings_of, figures, machine_of, tell
@@ -27,16 +27,16 @@ def main(config: Sweep) -> None:
     tags = {"variant": name, "engine": config.engine.name, "method": config.compression.name}
     tags["sweep"] = folder.parent.name if HydraConfig.get().job.get("num") is not None else folder.name
     inputs, method = {"parent": parent.hash, "machine": machine["id"]}, config.compression
+    target, tokens = folder / "variants" / name, config.folder / "tokens"
     with track("sweep", config, item=label, inputs=inputs, tags=tags, record=folder / "run.json") as run:
-        target, tokens = folder / "variants" / name, config.folder / "tokens"
-        calibration = calibrated(method, tokens, config.calibration, config.seed)
-        variant, cost = make_variant(method, parent, calibration, name=name, target=target, seed=config.seed)
+        text = config.calibration.rows_for(method, config.folder, config.seed)
+        variant, cost = make_variant(method, parent, text, name=name, target=target, seed=config.seed)
         predicted = bits_per_byte.attempt(variant, tokens, config.folder / "tokenizer", config.bits_per_byte)
-        evaluation = Evaluate(config.plan, config.seed, label, name, config.engine, config.scenario)
-        job, ceilings = replace(evaluation.job("validation"), variant=target), ceilings_of(config.engine)
+        whole = Evaluate(config.plan, config.seed, label, name, config.engine, config.scenario)
+        job, ceilings = replace(whole.job("validation"), variant=target), ceilings_of(config.engine)
         outcome = trial.judged(job, trial.run(job, config.limits), config.limits)
-        built = {key.removeprefix("build_"): value for key, value in cost.items()}
-        result = measurement(job, outcome, machine=machine, build=built, predicted=predicted, ceilings=ceilings)
+        build = {key.removeprefix("build_"): value for key, value in cost.items()}
+        result = measurement(job, outcome, machine=machine, build=build, predicted=predicted, ceilings=ceilings)
         quality.save_predictions(outcome.predictions, folder / "predictions.parquet")
         continuation.save(outcome.continuations, folder / "continuations.parquet")
         write_json(folder / "measurement.json", result)

@@ -18,7 +18,7 @@ from omegaconf import MISSING
 
 from hasten.artifacts import Json, read_json
 from hasten.compression.base import Compressor
-from hasten.compression.make import Calibrate
+from hasten.compression.shared.calibration import Calibrate
 from hasten.corpus.base import Source
 from hasten.engine.base import Engine
 from hasten.errors import UserError

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from hasten.artifacts import Variant, write_json
-from hasten.compression.base import Calibration
 from hasten.compression.depth import Depth, block_influence
 from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
@@ -16,9 +15,10 @@ from hasten.errors import UserError
 from hasten.model.decoder import Decoder
 from hasten.model.huggingface import load_network
 from hasten.model.lstm_config import LstmConfig, to_json
+from tests.compression.texts import text
 from tests.tiny import decoder, shape, write_variant
 
-TEXT = Calibration(torch.randint(100, (12, 16), generator=torch.Generator().manual_seed(0)), "text")
+TEXT = text(12, 16)
 
 
 def with_idle_blocks(*idle: int, layers: int = 4, leak: float = 0.0) -> Decoder:
@@ -61,7 +61,7 @@ def test_dropping_blocks_that_do_nothing_changes_no_logit(tmp_path: Path) -> Non
 
 def test_influence_is_one_minus_the_mean_cosine_over_all_tokens_whatever_the_batches() -> None:
     model = with_idle_blocks(2)
-    scores = block_influence(model, TEXT.ids)
+    scores = block_influence(model, TEXT)
     assert scores[2] == pytest.approx(0, abs=1e-9)
     with torch.inference_mode():
         x = model.model.embed_tokens(TEXT.ids)
@@ -69,12 +69,12 @@ def test_influence_is_one_minus_the_mean_cosine_over_all_tokens_whatever_the_bat
     expected = 1 - float(torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=-1).mean())
     assert scores[0] == pytest.approx(expected, rel=1e-5)
     assert scores[0] > 0.05
-    assert block_influence(model, TEXT.ids, batch_size=5) == pytest.approx(scores, rel=1e-5)
+    assert block_influence(model, TEXT, batch_size=5) == pytest.approx(scores, rel=1e-5)
 
 
 def test_watching_influence_leaves_no_hooks_behind() -> None:
     model = decoder()
-    block_influence(model, TEXT.ids)
+    block_influence(model, TEXT)
     assert not any(layer._forward_hooks for layer in model.model.layers)
 
 
@@ -108,12 +108,12 @@ def test_depth_needs_text_and_a_float_parent(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="depth needs calibration text"):
         Depth().compress(parent, None, 0)
     quantised, _ = make_variant(Rtn(), parent, None, name="q", target=tmp_path / "q", seed=0)
-    with pytest.raises(UserError, match=r"depth needs a float parent, got .* which is quantised; prune first"):
+    with pytest.raises(UserError, match=r"depth needs a float parent, got .* which is quantised; quantise last"):
         Depth().compress(quantised, TEXT, 0)
 
 
 def test_a_network_without_blocks_is_refused_by_name(tmp_path: Path) -> None:
     parent = write_variant(tmp_path / "baseline")
     write_json(parent.path / "config.json", to_json(LstmConfig(vocab_size=100), bos_id=0, eos_id=1, pad_id=2))
-    with pytest.raises(UserError, match=r"depth prunes the blocks of llama, .*, got model_type 'hasten_lstm'"):
+    with pytest.raises(UserError, match=r"depth is for decoders \(llama, .*\), got model_type 'hasten_lstm'"):
         Depth().compress(parent, TEXT, 0)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,8 +10,9 @@ import torch
 from hasten.artifacts import Checkpoint, load_checkpoint
 from hasten.compression.base import Calibration, Compressed, Compressor
 from hasten.compression.depth import Depth
-from hasten.compression.make import Calibrate, calibrated, draw_calibration, make_variant
+from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
+from hasten.compression.shared.calibration import Calibrate, draw
 from hasten.errors import UserError
 from hasten.model.grid import Grid
 from tests.tiny import write_checkpoint, write_tokens, write_variant
@@ -53,7 +53,8 @@ def test_nan_in_a_parent_does_not_disappear_in_quantisation(tmp_path: Path) -> N
 
 def test_a_variant_says_how_it_was_made(tmp_path: Path) -> None:
     parent = write_checkpoint(tmp_path / "tuned")
-    text = draw_calibration(write_tokens(tmp_path / "tokens"), Calibrate(2, 8), seed=0)
+    write_tokens(tmp_path / "tokens")
+    text = draw(tmp_path, Calibrate(2, 8), seed=0)
     variant, cost = make_variant(Depth(drop=1), parent, text, name="shallow", target=tmp_path / "shallow", seed=0)
     facts = dict(variant.manifest)
     assert facts.pop("notes").keys() == {"dropped", "influence"}
@@ -66,7 +67,9 @@ def test_a_variant_says_how_it_was_made(tmp_path: Path) -> None:
         "lineage": ["shallow"],  # a checkpoint is no variant: the lineage begins here
         "parent": parent.hash,
         "grid": None,
-        "calibration": "2 x 8 tokens of the training split",
+        "calibration": "2 x 8 tokens of text, of the training split",
+        "calibration_sha256": text.hash,
+        "curves": {},
     }
     assert cost["build_tokens"] == 16
     assert cost["build_seconds"] > 0
@@ -89,40 +92,3 @@ def test_the_same_work_gives_the_same_bytes(tmp_path: Path) -> None:
     made = [make_variant(Rtn(), parent, None, name="v", target=tmp_path / n, seed=0)[0] for n in ("a", "b")]
     assert made[0].hash == made[1].hash
     assert "seconds" not in json.dumps(made[0].manifest)
-
-
-def test_calibration_is_drawn_by_seed_from_the_training_split_only(tmp_path: Path) -> None:
-    tokens = write_tokens(tmp_path / "tokens")
-    (tokens.path / "validation.bin").unlink()  # must not be needed
-    first, again, other = (draw_calibration(tokens, Calibrate(5, 9), seed).ids for seed in (1, 1, 2))
-    assert first.shape == (5, 9)
-    assert first.dtype is torch.int64
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    stream = tokens.ids("train").tolist()
-    rows = {tuple(stream[start : start + 9]) for start in range(len(stream) - 8)}
-    assert all(tuple(row) in rows for row in first.tolist())
-
-
-def test_a_split_that_just_fits_is_drawn_from(tmp_path: Path) -> None:
-    tokens = write_tokens(tmp_path / "tokens", train=9)
-    assert draw_calibration(tokens, Calibrate(2, 9), 0).ids[0].tolist() == tokens.ids("train").tolist()
-    with pytest.raises(UserError, match=r"calibration\.length must fit the training split \(9 tokens\), got 10"):
-        draw_calibration(tokens, Calibrate(2, 10), 0)
-
-
-def test_text_is_only_drawn_for_methods_that_need_it(tmp_path: Path) -> None:
-    assert calibrated(Rtn(), tmp_path / "no such folder", Calibrate(), 0) is None
-    text = calibrated(Depth(), write_tokens(tmp_path / "tokens").path, Calibrate(3, 4), 0)
-    assert text is not None
-    assert text.ids.shape == (3, 4)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [({"sequences": 0}, "calibration.sequences must be at least 1, got 0"), ({"length": 1}, "calibration.length")],
-)
-def test_calibration_options_are_checked(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError) as error:
-        Calibrate(**options)
-    assert words in str(error.value)

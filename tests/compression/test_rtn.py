@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from hasten.artifacts import Variant
 from hasten.compression.make import make_variant
-from hasten.compression.rtn import Rtn, is_linear, nearest_scale
+from hasten.compression.rtn import Rtn
+from hasten.compression.shared.quantiser import is_linear, nearest_scale
 from hasten.engine.base import Request
 from hasten.engine.eager import Eager
 from hasten.errors import UserError

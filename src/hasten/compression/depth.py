@@ -38,29 +38,13 @@ class Depth(Compressor):
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Remove the least influential blocks. Raises `UserError` if that leaves none, or on a quantised parent."""
-        from hasten.model.config import ModelConfig
-        from hasten.model.config_json import FAMILIES, layer_fields
-        from hasten.model.decoder import Decoder
-        from hasten.model.grid import quantised_names
-        from hasten.model.huggingface import load_network
-        from hasten.model.shape import read_shape
+        from hasten.model.config_json import layer_fields
 
-        if calibration is None:
-            raise UserError("depth needs calibration text, got none")
-        shape = read_shape(parent.config)
-        if not isinstance(shape, ModelConfig):
-            raise UserError(
-                f"depth prunes the blocks of {', '.join(FAMILIES)}, got model_type {parent.config['model_type']!r}"
-            )
-        tensors = parent.tensors()
-        if quantised_names(tensors):
-            raise UserError(f"depth needs a float parent, got {parent.path} which is quantised; prune first")
-        layers = shape.layers
+        text, model = self.given(calibration), self.network(parent)
+        shape, layers, tensors = model.config, model.config.layers, parent.tensors()
         if self.drop >= layers:
             raise UserError(f"compression.drop must be below the parent's {layers} layers, got {self.drop}")
-        model = load_network(parent)
-        assert isinstance(model, Decoder)
-        scores = block_influence(model, calibration.ids)
+        scores = block_influence(model, text)
         dropped = sorted(sorted(range(layers), key=lambda layer: (scores[layer], layer))[: self.drop])
         kept = [layer for layer in range(layers) if layer not in dropped]
         renumber = {old: new for new, old in enumerate(kept)}
@@ -82,8 +66,8 @@ def pruned(shape: ModelConfig, kept: list[int]) -> ModelConfig:
     return replace(shape, layers=len(kept), layer_types=types)
 
 
-def block_influence(model: Decoder, ids: Tensor, batch_size: int = 8) -> list[float]:
-    """1 - mean cosine(input, output) of every block over calibration ids (sequences, length)."""
+def block_influence(model: Decoder, text: Calibration, batch_size: int = 8) -> list[float]:
+    """1 - mean cosine(input, output) of every block over the text's tokens."""
     import torch
     import torch.nn.functional as F
 
@@ -91,16 +75,17 @@ def block_influence(model: Decoder, ids: Tensor, batch_size: int = 8) -> list[fl
 
     def watch(layer: int) -> torch.utils.hooks.RemovableHandle:
         def hook(module: torch.nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            totals[layer] += (1 - F.cosine_similarity(args[0].double(), output.double(), dim=-1)).sum()
+            lost = 1 - F.cosine_similarity(args[0].double(), output.double(), dim=-1)
+            totals[layer] += lost[documents >= 0].sum()
 
         return model.model.layers[layer].register_forward_hook(hook)
 
     handles = [watch(layer) for layer in range(model.config.layers)]
     try:
         with torch.inference_mode():
-            for batch in ids.split(batch_size):
-                model.model(batch)
+            for ids, documents in zip(text.ids.split(batch_size), text.documents.split(batch_size), strict=True):
+                model.model(ids, documents=documents)
     finally:
         for handle in handles:
             handle.remove()
-    return [float(total) / ids.numel() for total in totals]
+    return [float(total) / text.tokens for total in totals]

@@ -4,45 +4,13 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hasten.artifacts import Checkpoint, Tokens, Variant, replacing
+from hasten.artifacts import Checkpoint, Variant, replacing
 from hasten.compression.base import Calibration, Compressor
 from hasten.errors import UserError
-
-
-@dataclass
-class Calibrate:
-    """Text for methods that look at activations: sequences of that length, drawn from the training split."""
-
-    sequences: int = 32
-    length: int = 128
-
-    def __post_init__(self) -> None:
-        if self.sequences < 1:
-            raise UserError(f"calibration.sequences must be at least 1, got {self.sequences}")
-        if self.length < 2:
-            raise UserError(f"calibration.length must be at least 2, got {self.length}")
-
-
-def calibrated(method: Compressor, tokens: Path, options: Calibrate, seed: int) -> Calibration | None:
-    """Calibration text from the plan's tokens, if the method needs any."""
-    return None if method.needs == "nothing" else draw_calibration(Tokens(tokens), options, seed)
-
-
-def draw_calibration(tokens: Tokens, options: Calibrate, seed: int) -> Calibration:
-    """Slices of the training split at random places: ids (sequences, length)."""
-    import numpy as np
-    import torch
-
-    ids = tokens.ids("train")
-    if len(ids) < options.length:
-        raise UserError(f"calibration.length must fit the training split ({len(ids)} tokens), got {options.length}")
-    starts = np.random.default_rng(seed).integers(0, len(ids) - options.length + 1, size=options.sequences)
-    rows = np.stack([ids[start : start + options.length] for start in starts]).astype(np.int64)
-    return Calibration(torch.from_numpy(rows), f"{options.sequences} x {options.length} tokens of the training split")
 
 
 def make_variant(
@@ -73,13 +41,16 @@ def make_variant(
         "parent": parent.hash,
         "grid": made.grid.describe() if made.grid else None,
         "calibration": calibration.source if calibration else None,
+        "calibration_sha256": calibration.hash if calibration else None,
         "notes": made.notes,
+        "curves": made.curves,
     }
     with replacing(target) as folder:
         save_checkpoint(folder, made.config, made.tensors, parent.path, manifest)
     cost = {
         "build_seconds": seconds,
-        "build_tokens": float(calibration.ids.numel()) if calibration else 0.0,
+        "build_tokens": float(calibration.tokens) if calibration else 0.0,
         "build_peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
+        **made.cost,
     }
     return Variant(target), cost

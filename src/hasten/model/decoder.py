@@ -225,9 +225,7 @@ class Stack(nn.Module):
         if cache is not None:
             padding = cache.padding = padding if padding is not None else cache.padding
         views = {slides: self.view(ids, past, padding, slides, documents) for slides in sorted(set(self.slides))}
-        x: Tensor = self.embed_tokens(ids)  # (B, T, hidden)
-        if self.config.embedding_scale:
-            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        x = self.embed(ids)
         again = recompute and cache is None and torch.is_grad_enabled()
         for block, slides in zip(self.layers, self.slides, strict=True):
             view = views[slides]
@@ -236,6 +234,13 @@ class Stack(nn.Module):
             cache.length = past + ids.shape[1]
         out: Tensor = self.norm(x)
         return out
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first block is given: (B, T) -> (B, T, hidden)."""
+        x: Tensor = self.embed_tokens(ids)
+        if self.config.embedding_scale:
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype, device=x.device)
+        return x
 
     def view(
         self, ids: Tensor, past: int, padding: Tensor | None, slides: bool, documents: Tensor | None = None

@@ -1,0 +1,1 @@
+"""What several methods are made of: calibration text, walking layer by layer, grids, training steps."""

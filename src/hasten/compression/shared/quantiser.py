@@ -1,0 +1,99 @@
+"""What methods that land on a grid share: its options, which matrices they quantise, how those are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hasten.artifacts import Checkpoint, Json
+from hasten.compression.base import Compressed, Compressor
+from hasten.errors import UserError, one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hasten.model.grid import Grid
+
+Integers = tuple["Tensor", "Tensor"]
+"""A matrix on a grid: int8 (out, in) and its scales, float32 (out, groups)."""
+
+
+@dataclass
+class Quantiser(Compressor):
+    """bits: 4 or 8. group_size: weights that share a scale, 0 means a whole row. head: quantise the output matrix too.
+
+    A tied head is untied by quantising it: the embedding stays float, the head becomes integers.
+    """
+
+    bits: int = 4
+    group_size: int = 32
+    symmetric: bool = True
+    head: bool = True
+
+    grids: ClassVar[str] = "4 or 8 bits, any group size that divides the widths, symmetric"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise one_of("compression.bits", self.bits, [4, 8])
+        if self.group_size < 0:
+            raise UserError(f"compression.group_size must be 0 (whole row) or more, got {self.group_size}")
+        if not self.symmetric:
+            raise UserError("compression.symmetric must be true, got False: no engine runs an asymmetric grid natively")
+
+    @property
+    def grid(self) -> Grid:
+        from hasten.model.grid import Grid
+
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    def untied(self, parent: Checkpoint) -> tuple[Json, dict[str, Tensor]]:
+        """The parent's config and tensors, with a head of its own if that is to be quantised.
+
+        Raises `UserError` on a quantised parent.
+        """
+        from hasten.model.grid import quantised_names
+
+        config, tensors = dict(parent.config), parent.tensors()
+        if quantised_names(tensors):
+            raise UserError(f"{self.name} needs a float parent, got {parent.path} which is already quantised")
+        if self.head and config.get("tie_word_embeddings"):
+            config["tie_word_embeddings"] = False
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        return config, tensors
+
+    def quantises(self, name: str) -> bool:
+        """Whether a checkpoint's tensor becomes integers."""
+        return is_linear(name) and (self.head or name != "lm_head.weight")
+
+    def stored(
+        self, config: Json, tensors: Mapping[str, Tensor], integers: Mapping[str, Integers], **facts: Any
+    ) -> Compressed:
+        """The variant: matrices (by tensor name) as integers, every other tensor as it is. facts: for the manifest."""
+        from hasten.model.grid import quantization_config, stored
+
+        assert integers.keys() == {name for name in tensors if self.quantises(name)}
+        result: dict[str, Tensor] = {}
+        for name, value in tensors.items():
+            if name in integers:
+                result.update(stored(name.removesuffix(".weight"), *integers[name], self.grid))
+            else:
+                result[name] = value
+        ignored = [] if self.head else ["lm_head"]
+        return Compressed(
+            {**config, "quantization_config": quantization_config(self.grid, ignored)}, result, self.grid, facts
+        )
+
+
+def is_linear(name: str) -> bool:
+    """Whether a checkpoint tensor is a linear layer's matrix (not an embedding, not a norm)."""
+    return name.endswith(("_proj.weight", "lm_head.weight"))
+
+
+def nearest_scale(weight: Tensor, grid: Grid) -> Tensor:
+    """Scales that spread each group's largest magnitude over the grid: (out, in) -> (out, groups) float32."""
+    from hasten.model.grid import portable_scale
+
+    out, columns = weight.shape
+    largest = weight.float().view(out, grid.groups(columns), -1).abs().amax(dim=-1)
+    return portable_scale(largest / ((grid.highest - grid.lowest) / 2))

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hasten.compression.base import Calibration
+from hasten.compression.shared.layerwise import Group, Treatment, groups, walk
+from hasten.model.decoder import Decoder
+from tests.compression.texts import text
+from tests.tiny import GEMMA, decoder, shape
+
+SHAPES = {
+    "llama": shape(),
+    "gemma": shape(layers=3, sliding_window=4, layer_types=["sliding_attention"] * 2 + ["full_attention"], **GEMMA),
+}
+
+
+class Recorder(Treatment):
+    """Keeps what it is shown, and optionally ruins what it treats."""
+
+    def __init__(self, *, ruin: bool = False) -> None:
+        self.ruin, self.seen, self.order = ruin, {}, []  # type: ignore[var-annotated]
+        self._now: list[Tensor] = []
+
+    def see(self, x: Tensor) -> None:
+        self._now.append(x.clone())
+
+    def treat(self, group: Group) -> None:
+        self.order.append(group.names)
+        self.seen[group.names[0]] = torch.cat(self._now)
+        self._now = []
+        if self.ruin:
+            for linear in group.linears:
+                linear.weight.mul_(0.5)
+
+
+def inputs(model: Decoder, calibration: Calibration) -> dict[str, Tensor]:
+    """What each matrix is given in one ordinary pass, without padding."""
+    found: dict[str, Tensor] = {}
+    real = calibration.documents >= 0
+    for group in groups(model, head=True):
+        for name, linear in zip(group.names, group.linears, strict=True):
+            linear.register_forward_pre_hook(lambda _, args, name=name: found.update({name: args[0][real]}))
+    with torch.no_grad():
+        model.lm_head(model.hidden(calibration.ids, documents=calibration.documents))
+    return found
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_every_matrix_sees_what_an_ordinary_pass_gives_it(family: str) -> None:
+    model, calibration = decoder(SHAPES[family]), text(11, 12, documents=2, padding=3)
+    recorder = Recorder()
+    walk(model, calibration, recorder, head=True)
+    expected = inputs(model, calibration)
+    assert [name for names in recorder.order for name in names] == list(expected)
+    for name, seen in recorder.seen.items():
+        assert seen.shape[0] == calibration.tokens
+        torch.testing.assert_close(seen, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_later_matrices_see_what_treated_ones_make() -> None:
+    model, calibration = decoder(shape(tied_head=False)), text()
+    recorder = Recorder(ruin=True)
+    walk(model, calibration, recorder, head=True)
+    after = inputs(model, calibration)  # of the network with every matrix ruined
+    for name, seen in recorder.seen.items():
+        torch.testing.assert_close(seen, after[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_head_is_left_alone_unless_asked_for_and_no_hook_stays() -> None:
+    model = decoder()
+    recorder = Recorder()
+    walk(model, text(), recorder)
+    assert ("lm_head",) not in recorder.order
+    assert not any(module._forward_pre_hooks for module in model.modules())
