@@ -36,6 +36,7 @@ from hasten.training.options import Optimiser, Precision, Training
 RATE, DECAY, BETAS, CLIP = 1e-4, 0.1, (0.9, 0.95), 1.0
 DOCUMENT = 128  # tokens of each document, where they are told apart
 NEVER = 10**9
+TERMINAL = "terminal"  # the thread that plays one
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,13 @@ class Work:
 
 
 class Turn(NamedTuple):
-    """inside: seconds of it in calls that only watch. peak, libraries: bytes, at most and before there was a model."""
+    """inside: seconds of it in the callback that watches. beside: seconds that threads computed which send figures and
+    draw the progress bar. peak, libraries: bytes, at most and before there was a model.
+    """
 
     seconds: float
     inside: float
+    beside: float
     peak: int
     libraries: int
 
@@ -89,7 +93,7 @@ class Gate:
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(work.config.vocab_size, (4 * work.batch, work.length), generator=generator)
         self.libraries = 0 if work.device == "cuda" else psutil.Process().memory_info().rss
-        self.handed, self.begun, self.inside = 0, 0.0, 0.0
+        self.handed, self.begun, self.inside, self.beside = 0, 0.0, 0.0, 0.0
 
     def sequences(self, count: int) -> Tensor:
         """The next ones, (count, length)."""
@@ -105,9 +109,9 @@ class Gate:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self.begun
         peak = torch.cuda.max_memory_allocated() if self.work.device == "cuda" else peak_bytes()[0] or 0
-        self.channel.send(Turn(seconds, self.inside, peak, self.libraries))
+        self.channel.send(Turn(seconds, self.inside, watchers_seconds() - self.beside, peak, self.libraries))
         self.channel.recv()
-        self.begun, self.inside = time.perf_counter(), 0.0
+        self.begun, self.inside, self.beside = time.perf_counter(), 0.0, watchers_seconds()
 
 
 class Passes(Dataset[Batch]):
@@ -168,8 +172,9 @@ def hasten(
             os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{work.folder}/mlflow.db"
             draw_on_a_terminal()
             config = Pretrain("benchmark", model=work.config, training=options)
-            metrics = Timed(stack.enter_context(track("pretrain", config, inputs={}, record=None)))
-        gate = metrics.gate = Gate(work, channel)
+            metrics = stack.enter_context(track("pretrain", config, inputs={}, record=None))
+        gate = Gate(work, channel)
+        time_the_callback(gate)
         model = Decoder(work.config)
         model.initialise(0)
         fit(
@@ -181,8 +186,6 @@ def hasten(
 class Silent:
     """Metrics that nobody reads."""
 
-    gate: Gate
-
     def metrics(self, values: dict[str, float | None], step: int | None = None) -> None:
         pass
 
@@ -193,22 +196,28 @@ class Silent:
         pass
 
 
-class Timed:
-    """A run whose calls are timed."""
+def time_the_callback(gate: Gate) -> None:
+    """Add what the callback that watches takes to the turn's `inside`."""
+    from hasten.training.watch import Watch
 
-    gate: Gate
+    plain = Watch.on_train_batch_end
 
-    def __init__(self, run: Any) -> None:
-        self.run = run
+    def timed(self: Watch, *given: Any) -> None:
+        start = time.perf_counter()
+        plain(self, *given)
+        gate.inside += time.perf_counter() - start
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*given: Any, **named: Any) -> Any:
-            start = time.perf_counter()
-            result = getattr(self.run, name)(*given, **named)
-            self.gate.inside += time.perf_counter() - start
-            return result
+    Watch.on_train_batch_end = timed  # type: ignore[method-assign]
 
-        return call
+
+def watchers_seconds() -> float:
+    """What Python's threads but the first have computed (one sends, one draws); 0 where the system does not tell."""
+    total = 0
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and thread.name != TERMINAL:
+            path = Path(f"/proc/self/task/{thread.native_id}/schedstat")
+            total += int(path.read_text().split()[0]) if path.is_file() else 0
+    return total / 1e9
 
 
 def draw_on_a_terminal() -> None:
@@ -221,7 +230,7 @@ def draw_on_a_terminal() -> None:
         while os.read(reader, 65536):
             pass
 
-    threading.Thread(target=drain, daemon=True).start()
+    threading.Thread(target=drain, name=TERMINAL, daemon=True).start()
 
 
 def trainer(work: Work, channel: Connection) -> None:
