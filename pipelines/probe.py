@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hasten.artifacts import SCHEMA, replacing, write_json
 from hasten.config import discover, stage
-from hasten.hardware import libraries, machine
+from hasten.engine.base import Engine
+from hasten.hardware import machine
 from hasten.stages import Probe
 
 
@@ -17,8 +18,8 @@ from hasten.stages import Probe
 def main(config: Probe) -> None:
     with replacing(Path("artifacts/machine")) as folder:
         for name, engine in discover("engine").items():
-            versions = libraries(engine.libraries)
-            write_json(folder / f"{name}.json", {"schema": SCHEMA, **machine(), "libraries": versions})
+            assert issubclass(engine, Engine)
+            write_json(folder / f"{name}.json", {"schema": SCHEMA, **machine(), "libraries": engine.versions()})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -205,6 +206,14 @@ def test_the_build_is_kept_and_another_dtype_is_another_one(tmp_path: Path, cach
     before = (full / "weights.bin").stat().st_mtime_ns
     assert Native(weight_dtype=Dtype.float32).build(variant, tmp_path) == full
     assert (full / "weights.bin").stat().st_mtime_ns == before
+
+
+def test_the_compiler_is_part_of_what_decides_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Native.versions()["compiler"]
+    assert found is not None
+    assert re.search(r"\d+\.\d+", found)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert Native.versions() == {"compiler": None}
 
 
 def test_a_compiler_that_is_missing_or_fails_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

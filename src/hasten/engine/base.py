@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from hasten.artifacts import Variant, replacing
 from hasten.errors import UserError
-from hasten.hardware import cpu_count
+from hasten.hardware import cpu_count, libraries
 
 
 class Dtype(Enum):
@@ -186,6 +186,11 @@ class Engine(ABC):
             raise UserError(f"max_context must be at least 2, got {self.max_context}")
         if self.parallel is not Parallel.none:
             raise UserError(f"parallel must be none for engine {self.name}, got {self.parallel.name}")
+
+    @classmethod
+    def versions(cls) -> dict[str, str | None]:
+        """What decides this engine's speed, by name, with its version; null for what is not there."""
+        return libraries(cls.libraries)
 
     @property
     def name(self) -> str:

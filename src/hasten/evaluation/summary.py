@@ -10,7 +10,7 @@ from rich.console import Console
 from hasten.artifacts import Json, read_json
 from hasten.ceilings import ceilings
 from hasten.engine.base import Engine
-from hasten.hardware import cores, libraries, machine
+from hasten.hardware import cores, machine
 
 SIZES = (
     "artifact_bytes",
@@ -28,7 +28,7 @@ SIZES = (
 
 def machine_of(engine: Engine) -> Json:
     """This machine and the versions of an engine's libraries, as `probe` writes them."""
-    return {**machine(), "libraries": libraries(engine.libraries)}
+    return {**machine(), "libraries": engine.versions()}
 
 
 def ceilings_of(engine: Engine) -> Json | str:

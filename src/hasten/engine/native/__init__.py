@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from hasten.artifacts import Json, Variant, read_json, write_json
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token, built
@@ -55,8 +55,6 @@ class Native(Engine):
     slots: int = 1
     guesses: int = 0
 
-    libraries: ClassVar[tuple[str, ...]] = ()
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.devices != ["cpu"]:
@@ -85,6 +83,14 @@ class Native(Engine):
     def kv_cache(self) -> Dtype:
         """The KV cache's type with `auto` resolved."""
         return Dtype.float16 if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
+
+    @classmethod
+    def versions(cls) -> dict[str, str | None]:
+        command = kernels.compiler()
+        try:
+            return {"compiler": kernels.version(tuple(command)).splitlines()[0] if command else None}
+        except UserError:  # CXX names none: to be told to who loads this engine
+            return {"compiler": None}
 
     def supports(self, variant: Variant) -> Support:
         from hasten.model.config import ModelConfig
