@@ -119,17 +119,21 @@ class Encoder:
 
     def kind(self, entry: Entry) -> str:
         """The GGUF type of a tensor; norms and biases stay float32."""
-        if entry.part == "weight" and f"{entry.source}.weight_packed" in self.tensors:
+        if self.has_integers(entry):
             if self.grid is None:
                 raise UserError("the checkpoint stores integers but its manifest declares no grid")
             return INTEGERS[self.grid.bits]
         return FLOATS[self.weight_dtype] if len(entry.shape) == 2 else "F32"
 
+    def has_integers(self, entry: Entry) -> bool:
+        """Whether the checkpoint stores a tensor on its grid."""
+        return entry.part == "weight" and f"{entry.source}.weight_packed" in self.tensors
+
     def data(self, entry: Entry) -> np.ndarray[Any, Any]:
         """The bytes (uint8; float32 for F32). Raises `UserError` for a missing, misshapen or non-finite tensor."""
         from hasten.model.grid import integers
 
-        if self.kind(entry) in INTEGERS.values():
+        if self.has_integers(entry):
             assert self.grid is not None
             q, scale = integers(self.tensors, entry.source, self.grid)
             self._check(entry, tuple(q.shape), scale)
