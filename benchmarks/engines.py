@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,12 @@ from hasten.compression.base import Compressor
 from hasten.compression.identity import Identity
 from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
+from hasten.config import discover
 from hasten.engine.base import Dtype, Engine, Request, Session
-from hasten.engine.eager import Eager
-from hasten.engine.llamacpp import Llamacpp
-from hasten.engine.native import Native
-from hasten.engine.transformers import Transformers
 from hasten.evaluation.conditions import Watch
 from hasten.evaluation.roofline import Work, decoding, prefilling
 from hasten.hardware import THREAD_VARIABLES, cores, cpu_count
-from hasten.model.config import ModelConfig
+from hasten.model.config import Activation, ModelConfig
 
 PROMPT, DECODED, PREFILLED, USERS, EACH, REPEATS, ATTEMPTS = 16, 128, 512, 8, 64, 3, 3
 LARGE: dict[str, int] = {"vocab_size": 32000, "context": 1024}
@@ -51,20 +48,21 @@ SHAPES = {
     "15m": ModelConfig(layers=6, hidden_size=288, heads=6, kv_heads=6, feed_forward_size=768, **LARGE),
     "110m": ModelConfig(layers=12, hidden_size=768, heads=12, kv_heads=12, feed_forward_size=2048, **LARGE),
     "1b": ModelConfig(layers=16, hidden_size=2048, heads=32, kv_heads=8, feed_forward_size=8192, **LARGE),
-}
+    "gemma3-270m": ModelConfig(
+        layers=18, hidden_size=640, heads=4, kv_heads=1, head_size=256, feed_forward_size=2048, vocab_size=262144,
+        context=1024, head_norm=True, post_norms=True, offset_norms=True, embedding_scale=True, norm_epsilon=1e-6,
+        activation=Activation.gelu_tanh, sliding_window=512, rope_theta=1e6, local_rope_theta=1e4,
+        layer_types=[*["sliding_attention"] * 5, "full_attention"] * 3,
+    ),
+}  # fmt: skip
 METHODS: dict[str, Compressor] = {
     "float": Identity(),
     "int8": Rtn(bits=8, group_size=32),
     "int4": Rtn(bits=4, group_size=32),
 }
 FORMATS = {"float32": ("float", Dtype.float32), "bfloat16": ("float", Dtype.bfloat16)}  # others: the variant's own
-ENGINES: dict[str, type[Engine]] = {
-    "eager": Eager,
-    "transformers": Transformers,
-    "llamacpp": Llamacpp,
-    "native": Native,
-}
-SEQUENTIAL = ("eager", "transformers")
+CONVERTED = ("Q4_0", "Q4_K_M")
+"""Of the float variant, by llama.cpp itself."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +76,26 @@ class Case:
 
     @property
     def variant(self) -> str:
-        return FORMATS.get(self.format, (self.format, None))[0]
+        return "float" if self.format in CONVERTED else FORMATS.get(self.format, (self.format, None))[0]
+
+    @property
+    def kind(self) -> type[Engine]:
+        return discover("engine")[self.engine]
+
+    @property
+    def batches(self) -> bool:
+        """Whether requests share its passes."""
+        return any(field.name == "slots" for field in fields(self.kind))
 
     def options(self) -> Engine:
-        dtype = FORMATS.get(self.format, (None, Dtype.bfloat16))[1]
-        options: dict[str, Any] = {} if self.engine in SEQUENTIAL else {"slots": self.slots}
-        return ENGINES[self.engine](threads=self.threads, max_context=1024, weight_dtype=dtype, **options)
+        options: dict[str, Any] = {"weight_dtype": FORMATS.get(self.format, (None, Dtype.bfloat16))[1]}
+        if self.batches:
+            options["slots"] = self.slots
+        if self.format in CONVERTED:
+            from hasten.engine.llamacpp.conversion import Conversion
+
+            options["conversion"] = Conversion(self.format)
+        return self.kind(threads=self.threads, max_context=1024, **options)
 
 
 @dataclass(frozen=True)
@@ -154,7 +166,7 @@ def measure(case: Case, shape: str, folder: Path) -> Result | str:
         decode, prefill = alone(session, config)
         work = Work(config, session.weight_bytes_per_token, session.kv_bytes_per_position, session.arithmetic)
         kernel = session.kernel
-        if case.engine in SEQUENTIAL:
+        if not case.batches:
             return Result(decode, prefill, math.nan, kernel, work)
     with closing(replace(case, slots=USERS).options().load(variant, folder / "engines")) as session:
         return Result(decode, prefill, users(session, config), kernel, work)
@@ -199,14 +211,15 @@ def spread(values: list[float]) -> str:
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     for engine in options.engines.split(","):
         for name in options.formats.split(","):
-            yield Case(engine, name, options.threads)
+            if name not in CONVERTED or engine == "llamacpp":
+                yield Case(engine, name, options.threads)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", default="15m,110m", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--engines", default=",".join(ENGINES))
-    parser.add_argument("--formats", default="float32,bfloat16,int8,int4")
+    parser.add_argument("--engines", default=",".join(discover("engine")))
+    parser.add_argument("--formats", default="float32,bfloat16,int8,int4,Q4_K_M", help="Q4_0, Q4_K_M: llama.cpp's own")
     parser.add_argument("--threads", type=int, default=cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

@@ -10,7 +10,9 @@ import torch
 from hasten import packaged
 from hasten.artifacts import Variant, read_json, write_json
 from hasten.engine.base import Dtype, Request
+from hasten.engine.gguf_layout import Entry
 from hasten.engine.llamacpp import Llamacpp
+from hasten.engine.llamacpp.conversion import Conversion, Converter
 from hasten.model.config_json import from_huggingface
 from hasten.model.huggingface import load_network
 from hasten.tokenizer.base import load_tokenizer
@@ -124,3 +126,15 @@ def test_dequantised_it_says_what_the_published_file_says(variant, network, stoc
     assert found[0]["id"] == int(ours.argmax())
     likely = [one for one in found if one["logprob"] > -6]
     assert all(one["logprob"] == pytest.approx(float(ours[one["id"]]), abs=0.4) for one in likely)
+
+
+def test_the_published_file_has_the_types_that_our_recipe_gives_its_tensors():
+    from gguf import GGUFReader
+
+    tensors = GGUFReader(packaged.original("gemma3-270m")).tensors
+    recipe = Converter({}, None, Dtype.float16, Conversion.Q4_K_M, layers=18, tied=True)
+    shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in tensors}
+    entries = {name: Entry("", name.rpartition(".")[0], shape) for name, shape in shapes.items()}
+    found = {tensor.name: tensor.tensor_type.name for tensor in tensors}
+    assert found == {name: recipe.kind(entry) for name, entry in entries.items()}
+    assert set(found.values()) == {"F32", "Q4_K", "Q5_0", "Q6_K", "Q8_0"}

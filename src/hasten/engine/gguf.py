@@ -112,19 +112,28 @@ class Encoder:
     grid: Grid | None
     weight_dtype: Dtype
 
+    @property
+    def format(self) -> str:
+        """What the file's format is called."""
+        return INTEGERS[self.grid.bits] if self.grid else FLOATS[self.weight_dtype]
+
     def kind(self, entry: Entry) -> str:
         """The GGUF type of a tensor; norms and biases stay float32."""
-        if entry.part == "weight" and f"{entry.source}.weight_packed" in self.tensors:
+        if self.has_integers(entry):
             if self.grid is None:
                 raise UserError("the checkpoint stores integers but its manifest declares no grid")
             return INTEGERS[self.grid.bits]
         return FLOATS[self.weight_dtype] if len(entry.shape) == 2 else "F32"
 
+    def has_integers(self, entry: Entry) -> bool:
+        """Whether the checkpoint stores a tensor on its grid."""
+        return entry.part == "weight" and f"{entry.source}.weight_packed" in self.tensors
+
     def data(self, entry: Entry) -> np.ndarray[Any, Any]:
         """The bytes (uint8; float32 for F32). Raises `UserError` for a missing, misshapen or non-finite tensor."""
         from hasten.model.grid import integers
 
-        if self.kind(entry) in INTEGERS.values():
+        if self.has_integers(entry):
             assert self.grid is not None
             q, scale = integers(self.tensors, entry.source, self.grid)
             self._check(entry, tuple(q.shape), scale)
@@ -159,11 +168,21 @@ class Encoder:
         return small.view(torch.int16).numpy().view(np.uint8)
 
 
-def write(checkpoint: Checkpoint, weight_dtype: Dtype, path: Path, *, text: bool = True) -> Json:
+def tensors_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, and those that GGUF has beside them."""
+    from hasten.model.config_json import from_huggingface
+
+    return {**checkpoint.tensors(), **rotary_divisors(from_huggingface(checkpoint.config))}
+
+
+def write(
+    checkpoint: Checkpoint, weight_dtype: Dtype, path: Path, *, text: bool = True, encoder: Encoder | None = None
+) -> Json:
     """Write `checkpoint` to `path` as GGUF; what a reader of the file wants to know without opening it.
 
     weight_dtype: how floats are stored (norms and biases stay float32). text: with the checkpoint's tokenizer, a file
     for stock llama.cpp; otherwise every token is named by its id and none ends a text, a file that speaks ids only.
+    encoder: what turns the checkpoint's tensors into GGUF's, if they are not to be packed as they are.
     Raises `UserError` if the checkpoint is corrupt or one that llama.cpp does not compute.
     """
     import gguf
@@ -176,13 +195,13 @@ def write(checkpoint: Checkpoint, weight_dtype: Dtype, path: Path, *, text: bool
         raise UserError(f"{checkpoint.path} cannot be written as GGUF: {reason}")
     size = config.vocab_size
     vocabulary = read_vocabulary(checkpoint.path, size) if text else id_vocabulary(size)
-    encoder = Encoder({**checkpoint.tensors(), **rotary_divisors(config)}, grid_of(checkpoint), weight_dtype)
+    encoder = encoder or Encoder(tensors_of(checkpoint), grid_of(checkpoint), weight_dtype)
     # A tied head is the embedding, unless a method gave it integers of its own.
     head = not config.tied_head or "lm_head.weight_packed" in encoder.tensors
     plan = list(entries(config, head=head))
     writer = gguf.GGUFWriter(path, architecture(config))
     try:
-        describe(writer, config, format_name(checkpoint, weight_dtype))
+        describe(writer, config, encoder.format)
         _tokenizer(writer, vocabulary)
         sizes = _write_tensors(writer, encoder, plan)
     finally:
@@ -192,7 +211,7 @@ def write(checkpoint: Checkpoint, weight_dtype: Dtype, path: Path, *, text: bool
     return {
         "schema": SCHEMA,
         "kind": "gguf",
-        "format": format_name(checkpoint, weight_dtype),
+        "format": encoder.format,
         "weight_bytes": sum(sizes.values()),
         # At batch 1 every tensor is read whole for a token, but only one row of an embedding that is not also the head.
         "weight_bytes_per_token": sum(sizes.values()) - (embedding * (size - 1) // size if head else 0),

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hasten.artifacts import Json, Variant, read_json, write_json
 from hasten.engine import gguf
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, built
+from hasten.engine.llamacpp.conversion import Conversion, Converter
 from hasten.engine.streaming import Flight, Stream
 from hasten.errors import UserError
 
@@ -57,9 +58,11 @@ class Llamacpp(Engine):
 
     flash_attention: fused attention; with a float32 KV cache `disabled` is faster (1.0 against 1.8 ms
     per token on a 7M-parameter model). micro_batch: prompt tokens computed at a time. slots: requests
-    that run at the same time, each with a context of max_context.
+    that run at the same time, each with a context of max_context. conversion: llama.cpp's own four bits instead of the
+    variant's numbers, for comparison with what its users have (`hasten.engine.llamacpp.conversion`).
     """
 
+    conversion: Conversion = Conversion.none
     flash_attention: FlashAttention = FlashAttention.auto
     micro_batch: int = 512
     slots: int = 1
@@ -92,6 +95,10 @@ class Llamacpp(Engine):
         if reason := gguf.unsupported(variant, self.max_context):
             return Support(reason=reason)
         kind = gguf.format_name(variant, self.weights)
+        if self.conversion is not Conversion.none:
+            if variant.manifest.get("grid"):
+                return Support(reason=f"engine.conversion={self.conversion.value} rounds floats, this lies on a grid")
+            kind = self.conversion.value
         if self.activation_dtype not in (Dtype.auto, *(d for d, name in gguf.FLOATS.items() if name == kind)):
             theirs = self.weights.name if kind == gguf.FLOATS[self.weights] else "int8"
             return Support(reason=f"llama.cpp multiplies {kind} weights with {theirs} activations: activation_dtype "
@@ -100,10 +107,13 @@ class Llamacpp(Engine):
 
     def build(self, variant: Variant, cache: Path) -> Path:
         """The folder that holds `variant` as `model.gguf` and its facts; written once, then found again."""
-        folder = cache / "llamacpp" / f"{variant.hash}-{self.weights.name}-{gguf.FORMAT}"
+        converted = self.conversion is not Conversion.none
+        kind = self.conversion.name if converted else self.weights.name
+        folder = cache / "llamacpp" / f"{variant.hash}-{kind}-{gguf.FORMAT}"
 
         def make(temporary: Path) -> None:
-            facts = gguf.write(variant, self.weights, temporary / "model.gguf", text=False)
+            encoder = Converter.of(variant, self.conversion) if converted else None
+            facts = gguf.write(variant, self.weights, temporary / "model.gguf", text=False, encoder=encoder)
             write_json(temporary / "manifest.json", facts)
 
         return built(folder, make)
@@ -120,7 +130,8 @@ class Llamacpp(Engine):
         return session
 
     def describe(self) -> Json:
-        own = {"flash_attention": self.flash_attention.name, "micro_batch": self.micro_batch, "slots": self.slots}
+        own: Json = {"flash_attention": self.flash_attention.name, "micro_batch": self.micro_batch, "slots": self.slots}
+        own["conversion"] = self.conversion.value
         resolved = {"weight_dtype": self.weights.name, "kv_cache_dtype": self.kv_cache.name}
         return {**super().describe(), **resolved, **own}
 
@@ -130,7 +141,7 @@ def arithmetic(kind: str, system: str) -> str:
 
     Integers meet 8-bit activations; 16-bit floats are widened to float32 unless the build multiplies them directly.
     """
-    if kind in gguf.INTEGERS.values():
+    if kind not in gguf.FLOATS.values():
         return "int8"
     direct = {"F16": ("float16", "FP16_VA = 1"), "BF16": ("bfloat16", "AVX512_BF16 = 1")}
     name, instruction = direct.get(kind, ("float32", ""))
