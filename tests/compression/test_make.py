@@ -81,7 +81,13 @@ def test_the_lineage_is_the_parents_and_the_new_name(tmp_path: Path) -> None:
         Rtn(bits=4), write_variant(tmp_path / "baseline"), None, name="int4", target=tmp_path / "x", seed=0
     )
     assert child.lineage == ["baseline", "int4"]
-    assert child.manifest["options"] == {"bits": 4, "group_size": 32, "symmetric": True, "head": True}
+    assert child.manifest["options"] == {
+        "bits": 4,
+        "group_size": 32,
+        "symmetric": True,
+        "head": True,
+        "scale": "nearest",
+    }
     assert child.manifest["grid"] == Grid(4, 32).describe()
     assert child.manifest["calibration"] is None
     assert cost["build_tokens"] == 0

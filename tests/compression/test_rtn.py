@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hasten.artifacts import Variant
 from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
-from hasten.compression.shared.quantiser import is_linear, nearest_scale
+from hasten.compression.shared.quantiser import Scale, chosen_scale, is_linear, nearest_scale
 from hasten.engine.base import Request
 from hasten.engine.eager import Eager
 from hasten.errors import UserError
@@ -97,6 +97,28 @@ def test_a_tied_head_is_quantised_apart_from_the_embedding_it_came_from(tmp_path
     expected = quantise(embedding, nearest_scale(embedding, Grid(8, 32)), Grid(8, 32))
     assert torch.equal(q, expected)
     assert scale.shape == (100, 1)
+
+
+@pytest.mark.parametrize("how", Scale)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_are_found_as_asked_and_come_back_from_disk(tmp_path: Path, how: Scale, bits: int) -> None:
+    parent, child = made(tmp_path, bits=bits, scale=how)
+    grid, lost = Grid(bits, 32), {}
+    for name in quantised_names(child.tensors()):
+        weight = load_network(parent).state_dict()[f"{name}.weight"]
+        q, scale = integers(child.tensors(), name, grid)
+        assert torch.equal(scale, chosen_scale(weight, grid, how))
+        assert torch.equal(q, quantise(weight, scale, grid))
+        nearest = nearest_scale(weight, grid)
+        lost[name] = [
+            (dequantise(*kept) - weight).square().mean()
+            for kept in ((q, scale), (quantise(weight, nearest, grid), nearest))
+        ]
+        assert bool((scale < 0).any()) is (how is Scale.signed) or bits == 8  # whose ends are all but equal
+    ours, theirs = (sum(float(pair[at]) for pair in lost.values()) for at in (0, 1))
+    assert ours == theirs if how is Scale.nearest else ours < 0.95 * theirs
+    assert child.manifest["options"]["scale"] == how.name
+    assert len(list(Eager(threads=1).load(child, tmp_path).submit(Request(0, (5, 6, 7), 3)))) == 3
 
 
 def test_the_parent_is_not_changed(tmp_path: Path) -> None:

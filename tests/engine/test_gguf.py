@@ -25,14 +25,15 @@ def read(path) -> dict:
 
 @st.composite
 def grids(draw):
-    """Integers over their whole range and scales that are exact in bfloat16 and float16."""
+    """Integers over their whole range and scales of either sign that are exact in bfloat16 and float16."""
     bits, group_size = draw(st.sampled_from([4, 8])), draw(st.sampled_from([32, 64, 128]))
     rows, groups, seed = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(0, 2**32 - 1))
     generator = torch.Generator().manual_seed(seed)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
     q = torch.randint(low, high, (rows, groups * group_size), generator=generator, dtype=torch.int8)
     exponent = torch.randint(-18, 17, (rows, groups), generator=generator)
-    return bits, q, portable_scale(torch.rand(rows, groups, generator=generator) * 2.0**exponent)
+    signs = 1 - 2 * torch.randint(0, 2, (rows, groups), generator=generator)
+    return bits, q, signs * portable_scale(torch.rand(rows, groups, generator=generator) * 2.0**exponent)
 
 
 @settings(max_examples=60, deadline=None)

@@ -8,6 +8,7 @@ import torch
 
 from hasten.artifacts import Variant
 from hasten.compression.rtn import Rtn
+from hasten.compression.shared.quantiser import Scale
 from hasten.engine.base import Dtype, Request
 from hasten.engine.llamacpp import FlashAttention, Llamacpp
 from hasten.errors import UserError
@@ -47,8 +48,8 @@ def probabilities(engine, prompt):
 
 
 def quantised(variant, bits):
-    """Its round-to-nearest integers, as stage compress writes them."""
-    made = Rtn(bits=bits).compress(variant, None, 0)
+    """Its integers, with scales of either sign, as stage compress writes them."""
+    made = Rtn(bits=bits, scale=Scale.signed).compress(variant, None, 0)
     manifest = {**variant.manifest, "name": f"int{bits}", "grid": made.grid.describe()}
     folder = variant.path.with_name(f"int{bits}")
     save_checkpoint(folder, made.config, made.tensors, variant.path, manifest)

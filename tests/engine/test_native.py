@@ -12,6 +12,7 @@ import pytest
 
 from hasten.artifacts import Variant
 from hasten.compression.rtn import Rtn
+from hasten.compression.shared.quantiser import Scale
 from hasten.engine.base import Dtype, Request
 from hasten.engine.native import Native, NativeSession
 from hasten.engine.native import build as kernels
@@ -44,7 +45,7 @@ def session(variant: Variant, cache: Path, **options: Any) -> closing[NativeSess
 
 
 def quantised(variant: Variant, bits: int, group_size: int) -> Variant:
-    made = Rtn(bits=bits, group_size=group_size).compress(variant, None, 0)
+    made = Rtn(bits=bits, group_size=group_size, scale=Scale.signed).compress(variant, None, 0)
     assert made.grid is not None
     folder = variant.path.with_name(f"int{bits}-{group_size}")
     manifest = {**variant.manifest, "name": folder.name, "grid": made.grid.describe()}

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from hasten.errors import UserError
+
 if TYPE_CHECKING:
     from hasten.compression.base import Calibration
     from hasten.model.decoder import Decoder, View
@@ -53,6 +55,44 @@ class Treatment(ABC):
     @abstractmethod
     def treat(self, group: Group) -> None:
         """Change the weights in place, and forget what was seen."""
+
+
+@dataclass
+class Inputs:
+    """Sums over what a group is given. gram: x^T x, (in, in). magnitude: mean |x|, largest: max |x|, (in,); float64."""
+
+    gram: Tensor
+    magnitude: Tensor
+    largest: Tensor
+
+
+class Summing(Treatment):
+    """Looks at inputs through their sums alone: a group's memory is (in, in), however long the text."""
+
+    _tokens = 0
+    _sums: Inputs
+
+    def see(self, x: Tensor) -> None:
+        width, sized = x.shape[1], x.abs()
+        if not self._tokens:
+            zeros = torch.zeros(width, dtype=torch.float64)
+            self._sums = Inputs(zeros.new_zeros(width, width), zeros, zeros.clone())
+        self._tokens += len(x)
+        self._sums.gram += x.T @ x
+        self._sums.magnitude += sized.sum(0, dtype=torch.float64)
+        if len(x):
+            self._sums.largest = torch.maximum(self._sums.largest, sized.amax(0).double())
+
+    def treat(self, group: Group) -> None:
+        sums, tokens, self._tokens = self._sums, self._tokens, 0
+        sums.magnitude /= tokens
+        if not torch.isfinite(sums.gram).all():
+            raise UserError(f"the calibration text must make finite inputs, got others for {group.names[0]}")
+        self.settle(group, sums)
+
+    @abstractmethod
+    def settle(self, group: Group, inputs: Inputs) -> None:
+        """Change the weights in place."""
 
 
 def groups(model: Decoder, *, head: bool) -> list[Group]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Checkpoint, Json
@@ -17,6 +18,24 @@ if TYPE_CHECKING:
 
 Integers = tuple["Tensor", "Tensor"]
 """A matrix on a grid: int8 (out, in) and its scales, float32 (out, groups)."""
+FACTORS = tuple(part / 48 for part in range(53, 23, -1))
+"""What a search multiplies the nearest scale with: 1.1, where nothing is clipped, down to half.
+
+One of them is 15/16: on [-8, 7] it puts a group's largest magnitude on -8 if the scale has the other sign.
+"""
+
+
+class Scale(Enum):
+    """How a group's scale is found.
+
+    nearest: the largest magnitude is spread over the grid. search: of 30 factors of that, the one whose error is
+    smallest; clipping one outlier may serve its neighbours. signed: the same, and a scale may be negative, so that the
+    largest weight can lie on the grid's longer end, -8 of [-8, 7], whatever its sign (what llama.cpp does for Q4_0).
+    """
+
+    nearest = "nearest"
+    search = "search"
+    signed = "signed"
 
 
 @dataclass
@@ -66,6 +85,17 @@ class Quantiser(Compressor):
         """Whether a checkpoint's tensor becomes integers."""
         return is_linear(name) and (self.head or name != "lm_head.weight")
 
+    def nearest(self, config: Json, tensors: Mapping[str, Tensor], scale: Callable[[Tensor], Tensor]) -> Compressed:
+        """The variant with every matrix rounded to nearest. scale: of a matrix, (out, in) -> (out, groups)."""
+        from hasten.model.grid import quantise
+
+        integers = {}
+        for name, weight in tensors.items():
+            if self.quantises(name):
+                found = scale(weight)
+                integers[name] = quantise(weight, found, self.grid), found
+        return self.stored(config, tensors, integers)
+
     def stored(
         self, config: Json, tensors: Mapping[str, Tensor], integers: Mapping[str, Integers], **facts: Any
     ) -> Compressed:
@@ -94,6 +124,53 @@ def nearest_scale(weight: Tensor, grid: Grid) -> Tensor:
     """Scales that spread each group's largest magnitude over the grid: (out, in) -> (out, groups) float32."""
     from hasten.model.grid import portable_scale
 
+    return portable_scale(full_scale(weight, grid))
+
+
+def full_scale(weight: Tensor, grid: Grid) -> Tensor:
+    """The same before it is rounded to what engines can hold."""
     out, columns = weight.shape
     largest = weight.float().view(out, grid.groups(columns), -1).abs().amax(dim=-1)
-    return portable_scale(largest / ((grid.highest - grid.lowest) / 2))
+    return largest / ((grid.highest - grid.lowest) / 2)
+
+
+def chosen_scale(weight: Tensor, grid: Grid, how: Scale, metric: Tensor | None = None) -> Tensor:
+    """Scales by nearest or by a search that never does worse. metric: as in `group_errors`."""
+    import torch
+
+    from hasten.model.grid import dequantise, portable_scale, quantise
+
+    def error(scale: Tensor) -> Tensor:
+        return group_errors(dequantise(quantise(weight, scale, grid), scale) - weight, grid, metric)
+
+    best = nearest_scale(weight, grid)
+    if how is Scale.nearest:
+        return best
+    full, lowest = full_scale(weight, grid), error(best)
+    for factor in FACTORS:
+        for sign in (1, -1) if how is Scale.signed else (1,):
+            scale = sign * portable_scale(full * factor)
+            found = error(scale)
+            best = torch.where(found < lowest, scale, best)
+            lowest = torch.minimum(found, lowest)
+    return best
+
+
+def group_errors(difference: Tensor, grid: Grid, metric: Tensor | None = None) -> Tensor:
+    """How much each group's error weighs: (out, in) -> (out, groups).
+
+    metric: None for plain squares; (in,) weighs each column's; (in, in), the inputs' x^T x, gives the squared error of
+    what the group adds to the output.
+    """
+    import torch
+
+    out, columns = difference.shape
+    groups = grid.groups(columns)
+    d = difference.view(out, groups, -1)
+    if metric is None:
+        return d.square().sum(-1)
+    if metric.dim() == 1:
+        return (d.square() * metric.to(d.dtype).view(groups, -1)).sum(-1)
+    width = columns // groups
+    own = torch.stack([metric[at : at + width, at : at + width] for at in range(0, columns, width)]).to(d.dtype)
+    return ((d.transpose(0, 1) @ own).transpose(0, 1) * d).sum(-1)  # (groups, out, width) x (groups, width, width)

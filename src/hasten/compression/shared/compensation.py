@@ -1,0 +1,83 @@
+"""Columns that make up for each other's errors: the linear algebra of GPTQ (`hasten.compression.gptq`).
+
+With H = X^T X, the output's squared error is a quadratic form of the weights' errors. Round column j and let the
+columns R that are still free move to where that form is smallest: they move by -e_j [H_F^-1]_jR / [H_F^-1]_jj, F being
+j and R. Rounding always in the same order, all those inverses are in one matrix, U, upper triangular with U^T U = H^-1:
+the move is -e_j U_jR / U_jj (Frantar et al. 2022, arXiv:2210.17323, step 3). Moves reach the rest of the matrix a
+block of 128 columns at a time, as memory likes it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hasten.compression.shared.layerwise import Group, Inputs
+from hasten.compression.shared.quantiser import Integers, Scale, chosen_scale
+from hasten.compression.shared.rounding import Rounding
+from hasten.model.grid import Grid
+
+BLOCK = 128
+"""Columns whose errors reach the rest of the matrix together."""
+ROWS = 16384
+"""Rows that are in memory as float64 at once: a head has a row for every word."""
+
+
+class Compensating(Rounding):
+    """Rounds every matrix that way. raised: by group, the damping it took where the one asked for was too little."""
+
+    def __init__(self, grid: Grid, how: Scale, *, damping: float, act_order: bool) -> None:
+        super().__init__(grid)
+        self.how, self.damping, self.act_order = how, damping, act_order
+        self.raised: dict[str, float] = {}
+
+    def settle(self, group: Group, inputs: Inputs) -> None:
+        diagonal = inputs.gram.diagonal()
+        columns = torch.arange(len(diagonal))
+        self.order = diagonal.argsort(descending=True, stable=True) if self.act_order else columns
+        self.factor, damping = inverse_factor(inputs.gram[self.order][:, self.order], self.damping)
+        if damping > self.damping:
+            self.raised[group.names[0]] = damping
+        super().settle(group, inputs)
+
+    def rounded(self, name: str, weight: Tensor, inputs: Inputs) -> Integers:
+        scale = chosen_scale(weight, self.grid, self.how, inputs.gram.diagonal())
+        parts = zip(weight.split(ROWS), scale.split(ROWS), strict=True)
+        return torch.cat([compensated(*part, self.factor, self.order, self.grid) for part in parts]), scale
+
+
+def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U with U^T U = (H + damping * its mean diagonal)^-1, upper triangular, and the damping that it took.
+
+    With the rows and columns of H in reverse order its Cholesky factor, reversed again, is U^-1.
+    """
+    unused = gram.diagonal() == 0
+    while True:
+        damped = gram.clone()
+        damped.diagonal().add_(damping * gram.diagonal().mean())
+        damped.diagonal()[unused] = 1  # alone in their rows: any value will do
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            unit = torch.eye(len(gram), dtype=gram.dtype)
+            return torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True), damping
+        damping = max(10 * damping, 1e-6)
+
+
+def compensated(weight: Tensor, scale: Tensor, factor: Tensor, order: Tensor, grid: Grid) -> Tensor:
+    """Integers of a matrix (out, in), its columns taken in that order; the factor is of H in the same order."""
+    columns = weight.shape[1]
+    left, steps = weight.T.double()[order], scale.T.double()  # (in, out), (groups, out)
+    group = (order // (columns // len(steps))).tolist()
+    q = torch.empty_like(left)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        errors = torch.empty_like(left[start:end])
+        for j in range(start, end):
+            step = steps[group[j]]
+            q[j] = (left[j] / step).round().clamp(grid.lowest, grid.highest)
+            errors[j - start] = (left[j] - q[j] * step) / factor[j, j]
+            left[j:end] -= factor[j, j:end, None] * errors[j - start]
+        left[end:] -= factor[start:end, end:].T @ errors
+    result = torch.empty_like(q, dtype=torch.int8)
+    result[order] = q.to(torch.int8)
+    return result.T.contiguous()

@@ -1,0 +1,50 @@
+"""Rounding layer by layer: the walk of a quantiser that looks at inputs.
+
+Each matrix is put on the grid, and what it then computes is what later matrices are given, so that they answer for it.
+How far its outputs are off on the calibration text, ||X (W - Q)||^2 / ||X W||^2, is noted.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from hasten.compression.shared.layerwise import Group, Inputs, Summing
+from hasten.compression.shared.quantiser import Integers
+from hasten.model.decoder import Decoder
+from hasten.model.grid import Grid, dequantise
+
+
+class Rounding(Summing):
+    """integers: by tensor name. errors: by matrix."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.integers: dict[str, Integers] = {}
+        self.errors: dict[str, float] = {}
+
+    def settle(self, group: Group, inputs: Inputs) -> None:
+        for name, linear in zip(group.names, group.linears, strict=True):
+            weight = linear.weight.detach()
+            q, scale = self.rounded(name, weight, inputs)
+            kept = dequantise(q, scale)
+            lost, whole = output_error(weight - kept, inputs.gram), output_error(weight, inputs.gram)
+            self.errors[name] = round(lost / whole, 6) if whole else 0.0
+            self.integers[f"{name}.weight"] = q, scale
+            weight.copy_(kept)
+
+    @abstractmethod
+    def rounded(self, name: str, weight: Tensor, inputs: Inputs) -> Integers:
+        """A matrix on the grid."""
+
+
+def output_error(difference: Tensor, gram: Tensor) -> float:
+    """||X D^T||^2, summed over the text: difference D (out, in), gram X^T X (in, in)."""
+    return float(((difference @ gram.to(difference.dtype)) * difference).sum(dtype=torch.float64))
+
+
+def untie(model: Decoder) -> None:
+    """Give a network a head of its own, so that rounding the head leaves the embedding alone."""
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
