@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import fields
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def make_variant(
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise UserError(f"{method.name} made NaN or infinite values in {tensor} of variant {name}")
     lineage = parent.lineage if isinstance(parent, Variant) else []
-    options: dict[str, Any] = {field.name: getattr(method, field.name) for field in fields(method)}
+    values = {field.name: getattr(method, field.name) for field in fields(method)}
+    options: dict[str, Any] = {name: one.name if isinstance(one, Enum) else one for name, one in values.items()}
     manifest = {
         "kind": "variant",
         "name": name,
