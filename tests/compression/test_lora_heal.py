@@ -72,10 +72,8 @@ def test_what_is_learned_about_the_targets_has_the_rank_and_nothing_else_moves(t
 def test_a_teacher_can_take_the_place_of_the_text(tmp_path: Path) -> None:
     shallow = pruned(tmp_path)
     assert healed(shallow).hash != healed(shallow, teacher="baseline").hash
-    assert healed(shallow, teacher="parent", steps=3).tensors().keys() == shallow.tensors().keys()
-    with torch.inference_mode():  # an equal teaches nothing, and nothing learned adds nothing
-        unmoved = load_network(healed(shallow, teacher="parent", steps=3))(counting().ids)
-        assert torch.equal(unmoved, load_network(shallow)(counting().ids))
+    unmoved = healed(shallow, teacher="parent", steps=3).tensors()  # an equal teaches nothing
+    assert all(torch.equal(value, unmoved[name]) for name, value in shallow.tensors().items())
 
 
 def test_alpha_says_how_much_of_it_counts(tmp_path: Path) -> None:

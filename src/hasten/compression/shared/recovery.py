@@ -151,10 +151,10 @@ class Recovery(Compressor):
                 optimiser.zero_grad()
                 value.backward()
                 norm = clip(weights, self.gradient_clip or math.inf)
-                losses.append(float(value))
+                losses.append(value.item())
                 if not math.isfinite(losses[-1]) or not math.isfinite(norm):
                     raise UserError(
-                        f"{self.name}: the loss is {losses[-1]} and the gradient {float(norm)} at step {step}; lower "
+                        f"{self.name}: the loss is {losses[-1]} and the gradient {norm.item()} at step {step}; lower "
                         f"compression.learning_rate (now {self.learning_rate})"
                     )
                 optimiser.step()
