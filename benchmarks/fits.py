@@ -23,8 +23,7 @@ from hasten.model.config import ModelConfig
 from hasten.model.decoder import Decoder
 from hasten.training.data import Batch, PackedTokens
 from hasten.training.loss import weighted_loss
-from hasten.training.module import learning_rate_factor
-from hasten.training.optimiser import build_optimiser
+from hasten.training.optimiser import build_optimiser, learning_rate_factor
 from hasten.training.options import Optimiser, Training
 from hasten.training.pretraining import held_out
 

@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hasten.errors import UserError
-from hasten.training.module import LanguageModel, draws_of, learning_rate_factor
+from hasten.training.module import LanguageModel, draws_of
 from hasten.training.options import Training
 from hasten.training.placement import place
 from tests.tiny import decoder, training
@@ -17,30 +15,6 @@ from tests.tiny import decoder, training
 
 def language_model(options: Training) -> LanguageModel:
     return LanguageModel(decoder(), lambda share: [], options, place(options), steps=1, seed=0)  # type: ignore[arg-type,return-value]
-
-
-def test_the_learning_rate_rises_linearly_then_falls_along_a_cosine_to_its_final_fraction() -> None:
-    options = training(steps=100, warmup_fraction=0.1, final_learning_rate_fraction=0.2)
-    factors = [learning_rate_factor(step, 100, options) for step in range(101)]
-    assert factors[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
-    assert factors[55] == pytest.approx(0.6)  # half way down from 1 to 0.2
-    assert factors[100] == pytest.approx(0.2)
-    assert factors[10:] == sorted(factors[10:], reverse=True)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    steps=st.integers(1, 300),
-    step=st.integers(0, 400),
-    warmup=st.floats(0, 0.99),
-    final=st.floats(0, 0.99),
-)
-def test_the_learning_rate_is_never_above_its_peak_nor_zero_in_warm_up(
-    steps: int, step: int, warmup: float, final: float
-) -> None:
-    options = training(warmup_fraction=warmup, final_learning_rate_fraction=final)
-    assert 0 <= learning_rate_factor(step, steps, options) <= 1
-    assert learning_rate_factor(0, steps, options) > 0
 
 
 @pytest.mark.parametrize(("limit", "norm_after"), [(0.5, 0.5), (0.0, None)])

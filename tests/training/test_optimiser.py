@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.model.decoder import Decoder
 from hasten.model.network import Network
-from hasten.training.optimiser import Together, build_optimiser
+from hasten.training.optimiser import Together, build_optimiser, learning_rate_factor
 from hasten.training.options import Optimiser
 from tests.tiny import decoder, lstm, lstm_shape, shape, training
 
@@ -123,3 +125,27 @@ def test_a_saved_state_continues_bit_for_bit(kind: Optimiser) -> None:
     other.load_state_dict(state)
     learn(resumed, other, 3)
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_the_learning_rate_rises_linearly_then_falls_along_a_cosine_to_its_final_fraction() -> None:
+    options = training(steps=100, warmup_fraction=0.1, final_learning_rate_fraction=0.2)
+    factors = [learning_rate_factor(step, 100, options) for step in range(101)]
+    assert factors[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert factors[55] == pytest.approx(0.6)  # half way down from 1 to 0.2
+    assert factors[100] == pytest.approx(0.2)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    steps=st.integers(1, 300),
+    step=st.integers(0, 400),
+    warmup=st.floats(0, 0.99),
+    final=st.floats(0, 0.99),
+)
+def test_the_learning_rate_is_never_above_its_peak_nor_zero_in_warm_up(
+    steps: int, step: int, warmup: float, final: float
+) -> None:
+    options = training(warmup_fraction=warmup, final_learning_rate_fraction=final)
+    assert 0 <= learning_rate_factor(step, steps, options) <= 1
+    assert learning_rate_factor(0, steps, options) > 0

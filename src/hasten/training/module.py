@@ -17,23 +17,13 @@ from hasten.model.network import Network
 from hasten.training.data import Batch, Share
 from hasten.training.feed import Feed
 from hasten.training.loss import weighted_loss
-from hasten.training.optimiser import build_optimiser
+from hasten.training.optimiser import build_optimiser, learning_rate_factor
 from hasten.training.options import Training
 from hasten.training.placement import Placement
 from hasten.training.sharding import DATA, TENSOR, clip, shard, split
 
 Batches = Callable[[Share], "Dataset[Batch]"]
 """The passes of a fit, as the process with that share sees them."""
-
-
-def learning_rate_factor(step: int, steps: int, options: Training) -> float:
-    """Linear warm-up, then a cosine down to the final fraction (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
-    warmup = max(1, round(options.warmup_fraction * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    low = options.final_learning_rate_fraction
-    return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def draws_of(seed: int, index: int, rank: int) -> int:

@@ -1,4 +1,4 @@
-"""The optimiser: Muon for the blocks' matrices, AdamW for the rest; or AdamW for all.
+"""The optimiser: Muon for the blocks' matrices, AdamW for the rest; or AdamW for all. And its learning rate.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/; Liu et al. 2025,
 arXiv:2502.16982) replaces a matrix's momentum by the nearest orthogonal matrix, so that no few
@@ -9,6 +9,7 @@ minutes on two cores enough: `python benchmarks/fits.py` measures both side by s
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,16 @@ import torch
 from torch import nn
 
 from hasten.training.options import Optimiser, Training
+
+
+def learning_rate_factor(step: int, steps: int, options: Training) -> float:
+    """Linear warm-up, then a cosine down to the final fraction (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    warmup = max(1, round(options.warmup_fraction * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    low = options.final_learning_rate_fraction
+    return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def build_optimiser(model: nn.Module, options: Training) -> torch.optim.Optimizer:
