@@ -203,7 +203,7 @@ def observe(model: Decoder, text: Calibration) -> Found:
 
     def squared(values: Tensor) -> Tensor:
         """(B, T, units) -> (units,): of each row the mean over its tokens, of that the squares."""
-        means = (values.abs().double() * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        means: Tensor = (values.abs().double() * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
         return means.square().sum(0)
 
     def head_hook(layer: int) -> Any:

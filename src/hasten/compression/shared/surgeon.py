@@ -39,7 +39,8 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     # with the rows and columns of H in reverse order its Cholesky factor, reversed again, is the inverse of U
     lower = torch.linalg.cholesky(damped.flip(0, 1))
     unit = torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+    return factor
 
 
 def operated(weight: Tensor, factor: Tensor, options: Sparsegpt) -> Tensor:
