@@ -23,7 +23,7 @@ def main(config: Compress) -> None:
     tags = {"variant": config.name, "method": method.name, "parent": config.parent}
     record = config.record("compress", config.name)
     with track("compress", config, item=config.name, inputs=inputs, tags=tags, record=record) as run:
-        calibration = config.calibration.rows_for(method, config.folder, config.seed)
+        calibration = config.calibration.rows_for(method, config.folder, parent, config.seed)
         target = config.folder / "variants" / config.name
         variant, cost = make_variant(method, parent, calibration, name=config.name, target=target, seed=config.seed)
         run.tags({"lineage": variant.lineage})

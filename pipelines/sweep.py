@@ -29,7 +29,7 @@ def main(config: Sweep) -> None:
     inputs, method = {"parent": parent.hash, "machine": machine["id"]}, config.compression
     target, tokens = folder / "variants" / name, config.folder / "tokens"
     with track("sweep", config, item=label, inputs=inputs, tags=tags, record=folder / "run.json") as run:
-        text = config.calibration.rows_for(method, config.folder, config.seed)
+        text = config.calibration.rows_for(method, config.folder, parent, config.seed)
         variant, cost = make_variant(method, parent, text, name=name, target=target, seed=config.seed)
         predicted = bits_per_byte.attempt(variant, tokens, config.folder / "tokenizer", config.bits_per_byte)
         whole = Evaluate(config.plan, config.seed, label, name, config.engine, config.scenario)

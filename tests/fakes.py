@@ -160,6 +160,9 @@ class FakeTokenizer:
     def prompt_ids(self, text: str) -> tuple[int, ...]:
         return (self.bos_id, *(int(word[1:]) for word in text.split()))
 
+    def completion_ids(self, text: str) -> tuple[int, ...]:
+        return (*(int(word[1:]) for word in text.split()), self.eos_id)
+
     def decode(self, ids: list[int]) -> str:
         return " ".join(f"w{i}" for i in ids if i > 2)
 

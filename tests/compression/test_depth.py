@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hasten.artifacts import Variant, write_json
-from hasten.compression.depth import Depth, block_influence
+from hasten.compression.base import Calibration
+from hasten.compression.depth import Depth, block_influence, least_missed
 from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
 from hasten.engine.base import Request
@@ -31,9 +32,9 @@ def with_idle_blocks(*idle: int, layers: int = 4, leak: float = 0.0) -> Decoder:
     return model
 
 
-def dropped(tmp_path: Path, model: Decoder, drop: int = 1) -> Variant:
+def dropped(tmp_path: Path, model: Decoder, drop: int = 1, criterion: str = "influence") -> Variant:
     parent = write_variant(tmp_path / "baseline", model)
-    return make_variant(Depth(drop), parent, TEXT, name="shallow", target=tmp_path / "shallow", seed=0)[0]
+    return make_variant(Depth(drop, criterion), parent, TEXT, name="shallow", target=tmp_path / "shallow", seed=0)[0]
 
 
 @pytest.mark.parametrize("idle", [0, 1, 2, 3])
@@ -57,6 +58,46 @@ def test_dropping_blocks_that_do_nothing_changes_no_logit(tmp_path: Path) -> Non
     assert variant.manifest["notes"]["dropped"] == [1, 3]
     with torch.inference_mode():
         assert torch.equal(load_network(variant).eval()(TEXT.ids), model(TEXT.ids))
+
+
+def nats(model: Decoder, layers: list[int], calibration: Calibration) -> float:
+    """The same network built anew with those blocks alone, and the loss by its formula in float64."""
+    small = decoder(shape(layers=len(layers)), spread=0.2)
+    state = {name: value for name, value in model.state_dict().items() if ".layers." not in name}
+    for new, old in enumerate(layers):
+        own = model.model.layers[old].state_dict()
+        state |= {f"model.layers.{new}.{name}": value for name, value in own.items()}
+    small.load_state_dict(state)
+    with torch.inference_mode():
+        logits = small.lm_head(small.hidden(calibration.ids, documents=calibration.documents)).double()
+    chosen = logits[:, :-1].log_softmax(-1).gather(2, calibration.ids[:, 1:, None])[..., 0]
+    return float(-(chosen * calibration.weights[:, 1:]).sum() / calibration.weights.sum())
+
+
+def test_perplexity_drops_one_after_another_what_the_loss_misses_least(tmp_path: Path) -> None:
+    model = decoder(shape(layers=4), spread=0.2)
+    calibration = text(12, 16, documents=2, padding=3)
+    left, order, expected = [0, 1, 2, 3], [], [nats(model, [0, 1, 2, 3], calibration)]
+    for _ in range(2):
+        losses = {layer: nats(model, [one for one in left if one != layer], calibration) for layer in left}
+        order.append(min(losses, key=losses.__getitem__))
+        expected.append(losses[order[-1]])
+        left.remove(order[-1])
+    assert least_missed(model, calibration, 2) == (order, pytest.approx(expected, rel=1e-5))
+    variant = dropped(tmp_path, model, drop=2, criterion="perplexity")
+    order, losses = least_missed(model, TEXT, 2)
+    assert variant.manifest["notes"] == {"dropped": sorted(order), "loss": [round(loss, 6) for loss in losses]}
+    kept = [layer for layer in range(4) if layer not in order]
+    assert nats(model, kept, TEXT) == pytest.approx(losses[-1], rel=1e-5)
+    with torch.inference_mode():
+        logits = load_network(variant).eval()(TEXT.ids)[:, :-1].double().log_softmax(-1)
+    assert -float(logits.gather(2, TEXT.ids[:, 1:, None]).mean()) == pytest.approx(losses[-1], rel=1e-5)
+    assert variant.hash == dropped(tmp_path / "again", model, drop=2, criterion="perplexity").hash
+
+
+def test_an_unknown_criterion_is_refused() -> None:
+    with pytest.raises(UserError, match=r"compression\.criterion must be one of \['influence', .*\], got 'size'"):
+        Depth(criterion="size")
 
 
 def test_influence_is_one_minus_the_mean_cosine_over_all_tokens_whatever_the_batches() -> None:

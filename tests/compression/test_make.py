@@ -63,7 +63,7 @@ def test_a_variant_says_how_it_was_made(tmp_path: Path) -> None:
         "kind": "variant",
         "name": "shallow",
         "method": "depth",
-        "options": {"drop": 1},
+        "options": {"drop": 1, "criterion": "influence"},
         "lineage": ["shallow"],  # a checkpoint is no variant: the lineage begins here
         "parent": parent.hash,
         "grid": None,

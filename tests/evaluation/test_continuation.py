@@ -45,6 +45,7 @@ class Asked:
     tokenizer: Path
     baseline: Path | None
     engine: Engine
+    variant: Path
     continuation: Continuation | None = field(default_factory=lambda: OPTIONS)
     seed: int = 0
 
@@ -66,7 +67,7 @@ def tokens(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> To
 
 @pytest.fixture
 def job(variant: Variant, tokens: Tokens) -> Any:
-    return Asked(tokens.path, variant.path, variant.path, Eager(threads=1, max_context=64))
+    return Asked(tokens.path, variant.path, variant.path, Eager(threads=1, max_context=64), variant.path)
 
 
 def alone(model: torch.nn.Module, prompt: tuple[int, ...], count: int) -> list[int]:

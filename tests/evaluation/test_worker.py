@@ -153,7 +153,7 @@ def test_a_disturbed_part_is_measured_again_and_the_quietest_attempt_counts(job,
     """Patience is for repeating only, for all parts together: three times 4 s here."""
     recorded = Recorded(monkeypatch, noise)
     scenario = Qa(requests=len(kept), repetitions=len(kept), patience_seconds=12)
-    parts = worker.repetitions(job, "qa", scenario, FakeSession())
+    parts = worker.repetitions(job, "qa", scenario, FakeSession(), worker.prompts_of(job))
     assert [sample.prompt_tokens for part in parts for sample in part.samples] == kept
     assert [part.attempts for part in parts] == attempts
     assert len(set(recorded.seeds)) == len(kept), "a part that is measured again gets the same prompts"
@@ -179,6 +179,6 @@ def test_an_engine_that_hides_part_of_the_wait_fails_where_the_machine_was_quiet
     scenario = replace(QA, patience_seconds=0)
     if quiet:
         with pytest.raises(RuntimeError, match=r"leave out 0\.2"):
-            worker.repetitions(job, "qa", scenario, FakeSession())
+            worker.repetitions(job, "qa", scenario, FakeSession(), worker.prompts_of(job))
     else:
-        assert worker.repetitions(job, "qa", scenario, FakeSession())[0].samples == hiding
+        assert worker.repetitions(job, "qa", scenario, FakeSession(), worker.prompts_of(job))[0].samples == hiding

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hasten.artifacts import Checkpoint, Variant, load_checkpoint
+from hasten.artifacts import Checkpoint, Json, Variant, load_checkpoint
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,24 +23,26 @@ class Calibration:
 
     ids: (N, T) int64. documents: (N, T) int32, which of its row's documents a token is of, -1 for padding; they do not
     attend to each other. weights: (N, T) float32, 1 where predicting a token counts: of text every token but a
-    document's first, of a task item its completion. source: what it is, in words.
+    document's first, of a task item its completion. source: what it is, in words. counts: (vocabulary,) int64, instead
+    of rows for methods that need "counts": how often each id comes up in all text and items.
     """
 
     ids: torch.Tensor
     documents: torch.Tensor
     weights: torch.Tensor
     source: str = ""
+    counts: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """Without padding."""
-        return int((self.documents >= 0).sum())
+        return int((self.documents >= 0).sum() if self.counts is None else self.counts.sum())
 
     @property
     def hash(self) -> str:
         """sha256 (hex) of the ids and of what counts."""
         total = hashlib.sha256()
-        for values in (self.ids, self.documents, self.weights):
+        for values in (self.ids, self.documents, self.weights, *([] if self.counts is None else [self.counts])):
             total.update(f"{tuple(values.shape)} {values.dtype}\n".encode())
             total.update(values.contiguous().numpy().tobytes())
         return total.hexdigest()
@@ -51,7 +53,8 @@ class Compressed:
     """What a method hands back: the model's config and tensors, and what it did.
 
     grid: the grid of its integers, or None if the weights stay float. notes: facts for the manifest
-    (deterministic: scores, dropped layers), no timings. cost: figures of making it beside time and memory
+    (deterministic: scores, dropped layers), no timings. files: JSON files that it has instead of its parent's, by name
+    (`tokenizer.json`); None for one that it shall not have. cost: figures of making it beside time and memory
     (`build_steps`, `build_tokens`). curves: (step, value) by name, of methods that train.
     """
 
@@ -59,6 +62,7 @@ class Compressed:
     tensors: dict[str, torch.Tensor]
     grid: Grid | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Json | None] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
@@ -68,7 +72,8 @@ class Compressor(ABC):
     """Options live in the subclass; `needs` says what the method has to be given."""
 
     needs: ClassVar[str] = "nothing"
-    """`nothing`, `calibration` (looks at activations or gradients) or `training` (takes steps on it)."""
+    """`nothing`, `counts` (how often each token comes up), `calibration` (looks at activations or gradients) or
+    `training` (takes steps on it)."""
     grids: ClassVar[str] = "keeps its parent's"
     """Which grids the method lands on, in words, for the docs."""
 
@@ -92,11 +97,15 @@ class Compressor(ABC):
         if not isinstance(read_shape(parent.config), ModelConfig):
             kind, families = parent.config["model_type"], ", ".join(FAMILIES)
             raise UserError(f"{self.name} is for decoders ({families}), got model_type {kind!r}")
-        if parent.manifest.get("grid"):
-            raise UserError(f"{self.name} needs a float parent, got {parent.path} which is quantised; quantise last")
+        self.refuse_quantised(parent)
         model = load_network(parent)
         assert isinstance(model, Decoder)
         return model.eval()
+
+    def refuse_quantised(self, parent: Checkpoint) -> None:
+        """Raises `UserError` if the parent lies on a grid."""
+        if parent.manifest.get("grid"):
+            raise UserError(f"{self.name} needs a float parent, got {parent.path} which is quantised; quantise last")
 
     def given(self, calibration: Calibration | None) -> Calibration:
         """Raises `UserError` if there is none."""

@@ -48,7 +48,7 @@ def make_variant(
         "curves": made.curves,
     }
     with replacing(target) as folder:
-        save_checkpoint(folder, made.config, made.tensors, parent.path, manifest)
+        save_checkpoint(folder, made.config, made.tensors, parent.path, manifest, made.files)
     cost = {
         "build_seconds": seconds,
         "build_tokens": float(calibration.tokens) if calibration else 0.0,

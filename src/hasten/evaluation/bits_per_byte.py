@@ -22,7 +22,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from hasten.model.network import Network
     from hasten.tokenizer.base import Tokenizer
+    from hasten.tokenizer.translating import Translation
 
 LONGEST_WINDOW = 2048
 """Tokens per window at most, also for models meant for more: attention's cost grows with the square."""
@@ -65,8 +66,9 @@ class BitsPerByte:
 class Score:
     """Bits per byte of one language's held-out text, with its 95% interval.
 
-    n: documents scored. tokens, bytes: in them. left_out: documents that were drawn and not scored, because they exceed
-    the limit or because their ids are not what the tokenizer makes of their text. why: the reason for what is None.
+    n: documents scored. tokens, bytes: in them, tokens as the variant has them. left_out: documents that were drawn and
+    not scored, because they exceed the limit or because their ids are not what the tokenizer makes of their text. why:
+    the reason for what is None.
     """
 
     value: float | None
@@ -90,15 +92,24 @@ class HeldOut:
 
 
 def bits_per_byte(
-    checkpoint: Checkpoint, tokens: Tokens, tokenizer: Tokenizer, *, max_tokens_per_language: int = 0
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    tokenizer: Tokenizer,
+    *,
+    max_tokens_per_language: int = 0,
+    translation: Translation | None = None,
 ) -> dict[str, Score]:
     """The score of every language of the validation split.
 
-    tokenizer: the one that made the tokens. Raises `UserError` if it is not, `RuntimeError` if a logit is not finite.
+    tokenizer: the one that made the tokens. translation: from it to the checkpoint's own, if that is another; the same
+    documents are scored. Raises `UserError` if the tokens are not that tokenizer's, `RuntimeError` if a logit is not
+    finite.
     """
     from hasten.model.huggingface import load_network
 
     texts = held_out(tokens, tokenizer, max_tokens_per_language)
+    if translation is not None:
+        texts = {name: replace(one, sequences=list(map(translation, one.sequences))) for name, one in texts.items()}
     model = load_network(checkpoint).eval()
     sequences = [ids for text in texts.values() for ids in text.sequences]
     if (largest := max((max(ids) for ids in sequences), default=0)) >= model.config.vocab_size:
@@ -317,6 +328,7 @@ def attempt(checkpoint: Checkpoint, tokens: Path, tokenizer: Path, options: Bits
     still be evaluated, where the same damage shows as a failed trial, instead of ending the pipeline here.
     """
     from hasten.tokenizer.base import load_tokenizer
+    from hasten.tokenizer.translating import translation
 
     found: Json = {"schema": SCHEMA, "variant": checkpoint.path.name, "options": asdict(options)}
     try:
@@ -325,6 +337,7 @@ def attempt(checkpoint: Checkpoint, tokens: Path, tokenizer: Path, options: Bits
             Tokens(tokens),
             load_tokenizer(tokenizer),
             max_tokens_per_language=options.max_tokens_per_language,
+            translation=translation(tokenizer, checkpoint.path),
         )
     except Exception as error:
         reason = " ".join(str(error).split())

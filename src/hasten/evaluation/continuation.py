@@ -11,7 +11,8 @@ baseline (the plan's tuned checkpoint, in float32 by our own decoder):
 
 They are read together, and beside the baseline's own figures: a loop is *likely* text (Holtzman et al.
 2020, arXiv:1904.09751), so few bits and much repetition is damage, and an output that left the
-baseline's early may be as good. The texts are kept side by side in `continuations/T.parquet`.
+baseline's early may be as good. The texts are kept side by side in `continuations/T.parquet`. A variant with a
+tokenizer of its own is asked the same text, and what it says is judged as ids of the plan's tokenizer.
 
     python pipelines/evaluate.py plan=default name=int4-llamacpp variant=int4 engine=llamacpp
 """
@@ -106,13 +107,15 @@ def prompts(tokens: Tokens, options: Continuation, seed: int) -> list[Prompt]:
 
 
 def generate(session: Session, job: Job, report: Callable[[int, int], None] = lambda done, total: None) -> list[Row]:
-    """The outputs of the job's prompts through `session`: language, prompt_id, prompt_ids and output_ids of each.
+    """The outputs of the job's prompts through `session`: language, prompt_id, prompt_ids and output_ids of each, in
+    ids of the plan's tokenizer.
 
     Needs no torch. No options or 0 prompts give no rows. Raises `UserError` if a prompt and its output do not fit the
     engine's context or the job names no baseline, `RuntimeError` if the engine breaks the rules or logits overflow.
     """
     from hasten.artifacts import load_checkpoint
     from hasten.evaluation.quality import completions
+    from hasten.tokenizer.translating import translation
 
     options = job.continuation
     if options is None or not options.prompts_per_language:
@@ -125,11 +128,19 @@ def generate(session: Session, job: Job, report: Callable[[int, int], None] = la
             f"({job.engine.max_context}), got {options.prompt_tokens} + {options.output_tokens}"
         )
     drawn = prompts(Tokens(job.tokens), options, job.seed)
-    requests = [Request(i, prompt.tokens, options.output_tokens, verify=True) for i, prompt in enumerate(drawn)]
-    vocabulary = int(load_checkpoint(job.baseline).config["vocab_size"])
+    own = translation(job.tokenizer, job.variant)
+    asked = [prompt.tokens for prompt in drawn]
+    if own is not None:  # what takes more tokens loses its beginning, what was half a character is empty
+        cut = [own(ids, cut=True)[-options.prompt_tokens :] for ids in asked]
+        asked = [tuple(ids) or (own.target.bos_id,) for ids in cut]
+    requests = [Request(i, ids, options.output_tokens, verify=True) for i, ids in enumerate(asked)]
+    vocabulary = int(load_checkpoint(job.baseline if own is None else job.variant).config["vocab_size"])
+    outputs = completions(session, requests, vocabulary, report)
+    if own is not None:
+        outputs = [own.back(ids, cut=True) for ids in outputs]
     return [
         {"language": one.language, "prompt_id": one.id, "prompt_ids": list(one.tokens), "output_ids": output}
-        for one, output in zip(drawn, completions(session, requests, vocabulary, report), strict=True)
+        for one, output in zip(drawn, outputs, strict=True)
     ]
 
 
@@ -147,7 +158,8 @@ def judge(rows: Sequence[Row], baseline: Path, tokenizer: Path) -> list[Row]:
 
     model, words = load_network(load_checkpoint(baseline)).eval(), load_tokenizer(tokenizer)
     asked, outputs = [row["prompt_ids"] for row in rows], [row["output_ids"] for row in rows]
-    references = greedy(model, asked, len(outputs[0]))
+    longest = greedy(model, asked, max(map(len, outputs)))
+    references = [ids[: len(output)] for ids, output in zip(longest, outputs, strict=True)]
     own, theirs = spelled(asked, outputs, model, words), spelled(asked, references, model, words)
     found: list[Row] = []
     for i, (row, output, reference) in enumerate(zip(rows, outputs, references, strict=True)):
@@ -212,9 +224,9 @@ def spelled(
 
 
 def repetition_rate(ids: Sequence[int]) -> float:
-    """seq-rep-4: the share of 4-grams that occurred before in the sequence (at least 4 ids)."""
+    """seq-rep-4: the share of 4-grams that occurred before in the sequence; 0 if it has none."""
     grams = [tuple(ids[i : i + GRAM]) for i in range(len(ids) - GRAM + 1)]
-    return 1 - len(set(grams)) / len(grams)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def divergence(ids: Sequence[int], reference: Sequence[int]) -> int:
@@ -233,7 +245,7 @@ def summary(rows: Sequence[Row]) -> Json | None:
     languages = sorted({row["language"] for row in rows})
     return {
         **_figures(rows),
-        "output_tokens": len(rows[0]["output_ids"]),
+        "output_tokens": max(len(row["output_ids"]) for row in rows),
         "languages": {name: _figures([row for row in rows if row["language"] == name]) for name in languages},
     }
 

@@ -45,7 +45,8 @@ def answer(
     the context, `RuntimeError` if the engine answers what was not asked or not at all.
     """
     items = data.items(split)
-    limit = int(data.manifest["max_output_tokens"]) + EXTRA_TOKENS
+    longest = max((len(tokenizer.completion_ids(item.expected)) for item in items), default=0)
+    limit = max(longest, int(data.manifest["max_output_tokens"])) + EXTRA_TOKENS  # by the plan's tokenizer, over splits
     stop = frozenset({tokenizer.eos_id})
     requests = [Request(i, tokenizer.prompt_ids(item.prompt), limit, stop, verify=True) for i, item in enumerate(items)]
     for request, item in zip(requests, items, strict=True):

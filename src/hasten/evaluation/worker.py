@@ -69,11 +69,11 @@ def serve(line: Line) -> None:
 
 
 def _take_turns(call: Call, line: Line) -> None:
+    prompts = prompts_of(call.job)
     outcome, session = load(call.job, line, stop_after_build=call.stop_after_build)
     if session is None:
         line.answer(outcome=outcome.to_json())
         return
-    prompts = PromptSource(call.job.tokens)
     line.answer(outcome=outcome.to_json())
     while True:
         turn = line.receive()
@@ -135,13 +135,15 @@ def load(job: Job, line: Line, *, stop_after_build: bool = False) -> tuple[Outco
 
 def measure(job: Job, line: Line, *, stop_after_build: bool = False) -> Outcome:
     """Everything the job asks for, in this process."""
+    prompts = prompts_of(job) if job.scenarios else None
     outcome, session = load(job, line, stop_after_build=stop_after_build)
     if session is None:
         return outcome
     try:
         for name, scenario in job.scenarios.items():
             line.doing(f"running {name}")
-            outcome.speed[name] = repetitions(job, name, scenario, session)
+            assert prompts is not None
+            outcome.speed[name] = repetitions(job, name, scenario, session, prompts)
         outcome.memory = session.memory()
         outcome.peak_memory_bytes, why = memory.peak_bytes()
         if why:
@@ -170,13 +172,19 @@ def _files(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if path.is_file()}
 
 
-def repetitions(job: Job, name: str, scenario: Scenario, session: Session) -> list[Repetition]:
+def prompts_of(job: Job) -> PromptSource:
+    """Where prompts come from, read before the engine loads, so that no tokenizer counts as the engine's memory."""
+    from hasten.tokenizer.translating import translation
+
+    return PromptSource(job.tokens, translation(job.tokenizer, job.variant))
+
+
+def repetitions(job: Job, name: str, scenario: Scenario, session: Session, prompts: PromptSource) -> list[Repetition]:
     """The scenario in its parts; one that was disturbed is measured again while patience lasts.
 
     Again with the same prompts; the least disturbed attempt is kept. The choice looks at the machine only, never at the
     result. An attempt that would probably end after `patience_seconds` of repeating does not begin.
     """
-    prompts = PromptSource(job.tokens)
     patience = scenario.patience_seconds
     kept: list[Repetition] = []
     with _progress(f"{job.trial}: {name}") as report:
@@ -203,9 +211,9 @@ def repetitions(job: Job, name: str, scenario: Scenario, session: Session) -> li
 def _predictions(job: Job, session: Session, line: Line) -> list[dict[str, object]]:
     from hasten.evaluation.quality import answer
     from hasten.task.data import TaskData
-    from hasten.tokenizer.base import load_tokenizer
+    from hasten.tokenizer.translating import own_tokenizer
 
-    tokenizer = load_tokenizer(job.tokenizer)
+    tokenizer = own_tokenizer(job.tokenizer, job.variant)
     vocabulary = max(tokenizer.vocab_size, int(Variant(job.variant).config.get("vocab_size", 0)))
     rows: list[dict[str, object]] = []
     for path in task_folders(job.tasks):

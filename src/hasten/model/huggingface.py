@@ -8,7 +8,9 @@ What is written opens in transformers (`AutoModelForCausalLM.from_pretrained`): 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -77,19 +79,28 @@ def stored_dtype(tensors: dict[str, Tensor]) -> str:
 
 
 def save_checkpoint(
-    folder: Path, config: Json, tensors: dict[str, Tensor], source: Path, manifest: dict[str, Any]
+    folder: Path,
+    config: Json,
+    tensors: dict[str, Tensor],
+    source: Path,
+    manifest: dict[str, Any],
+    files: Mapping[str, Json | None] = MappingProxyType({}),
 ) -> None:
     """Write a Hugging Face directory into `folder` (the caller makes it atomic with `replacing`).
 
-    source: the folder whose tokenizer and licence it inherits: its parent, or the tokenizer of a fresh model.
+    source: the folder whose tokenizer and licence it inherits: its parent, or the tokenizer of a fresh model. files:
+    JSON files of its own, by name; None for one that it does not inherit.
     """
     folder.mkdir(parents=True)
     write_json(folder / "config.json", {**config, "dtype": stored_dtype(tensors)})
     ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {**ids, "do_sample": False})
     save_file(dict(sorted(tensors.items())), folder / "model.safetensors", metadata={"format": "pt"})
-    inherited = [source / name for name in TOKENIZER_FILES]
+    inherited = [source / name for name in TOKENIZER_FILES if name not in files]
     for path in [*inherited, *licence_files(source)]:
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
+    for name, content in files.items():
+        if content is not None:
+            write_json(folder / name, content)
     write_json(folder / "manifest.json", {"schema": SCHEMA, **manifest})

@@ -15,7 +15,7 @@ from hasten.task.base import Item
 from hasten.task.data import write_task
 from hasten.task.jsonl import Jsonl
 from hasten.tokenizer.base import load_tokenizer
-from tests.tiny import write_tokenizer, write_tokens
+from tests.tiny import write_checkpoint, write_tokenizer, write_tokens
 
 
 @pytest.fixture
@@ -94,9 +94,10 @@ def test_rows_that_nothing_fills_are_refused_in_the_configs_words(plan: Path) ->
 
 
 def test_text_is_only_drawn_for_methods_that_need_it(tmp_path: Path) -> None:
-    assert Calibrate().rows_for(Rtn(), tmp_path / "no such folder", 0) is None
+    parent = write_checkpoint(tmp_path / "parent")
+    assert Calibrate().rows_for(Rtn(), tmp_path / "no such folder", parent, 0) is None
     write_tokens(tmp_path / "tokens")
-    text = Calibrate(3, 4).rows_for(Depth(), tmp_path, 0)
+    text = Calibrate(3, 4).rows_for(Depth(), tmp_path, parent, 0)
     assert text is not None
     assert text.ids.shape == (3, 4)
 

@@ -7,6 +7,8 @@ comes up (`mixture`, as in training).
 
     python pipelines/compress.py plan=default name=x parent=variants/baseline compression=depth \\
         calibration.tasks=0.5 '+calibration.mixture={zh: 2}'
+
+A parent that speaks another tokenizer than the plan's (`compression=vocabulary`) is shown the same text in its own ids.
 """
 
 from __future__ import annotations
@@ -17,12 +19,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hasten.artifacts import Tokens
+from hasten.artifacts import Checkpoint, Tokens
 from hasten.compression.base import Calibration, Compressor
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
+    from hasten.tokenizer.base import Tokenizer
+    from hasten.tokenizer.translating import Translation
     from hasten.training.data import Batch, Example
+
+COUNTED_TOKENS = 2**22
+"""How many are read at once."""
 
 
 @dataclass
@@ -47,23 +54,56 @@ class Calibrate:
         if not 0 <= self.tasks <= 1:
             raise UserError(f"calibration.tasks must be 0 to 1, got {self.tasks}")
 
-    def rows_for(self, method: Compressor, plan: Path, seed: int) -> Calibration | None:
+    def rows_for(self, method: Compressor, plan: Path, parent: Checkpoint, seed: int) -> Calibration | None:
         """Calibration from a plan's folder (its tokens, tasks and tokenizer), if the method needs any."""
-        return None if method.needs == "nothing" else draw(plan, self, seed)
+        if method.needs == "nothing":
+            return None
+        return counted(plan, parent) if method.needs == "counts" else draw(plan, self, seed, parent)
 
 
-def draw(plan: Path, options: Calibrate, seed: int) -> Calibration:
-    """Rows of the training split. Raises `UserError` for names that no group has, and for rows that nothing fills."""
+def counted(plan: Path, parent: Checkpoint) -> Calibration:
+    """How often each id comes up in the training split's text and task items, all of them.
+
+    Raises `UserError` if the parent speaks another tokenizer than the plan's.
+    """
+    import numpy as np
     import torch
+
+    from hasten.tokenizer.translating import translation
+
+    if translation(plan / "tokenizer", parent.path) is not None:
+        raise UserError(
+            f"a parent whose tokens can be counted has the plan's tokenizer, got {parent.path} with another"
+        )
+    tokens = Tokens(plan / "tokens").ids("train")
+    total = np.zeros(int(parent.config["vocab_size"]), np.int64)
+    for start in range(0, len(tokens), COUNTED_TOKENS):
+        total += np.bincount(tokens[start : start + COUNTED_TOKENS], minlength=len(total))
+    examples = items(plan, 2**31)
+    total += np.bincount(np.array([id_ for one in examples for id_ in one.ids], np.int64), minlength=len(total))
+    source = f"all {len(tokens)} tokens of text and {len(examples)} task items of the training split"
+    nothing = torch.zeros(0, 0)
+    return Calibration(nothing.long(), nothing.int(), nothing, source, torch.from_numpy(total))
+
+
+def draw(plan: Path, options: Calibrate, seed: int, parent: Checkpoint | None = None) -> Calibration:
+    """Rows of the training split, in the parent's ids. Raises `UserError` for names that no group has, and for rows
+    that nothing fills.
+    """
+    import torch
+
+    from hasten.tokenizer.translating import translation
 
     of_tasks = round(options.sequences * options.tasks)
     batches, sources = [], []
     tokens = Tokens(plan / "tokens")
-    examples = items(plan, options.length) if of_tasks else []
+    own = translation(plan / "tokenizer", parent.path) if parent else None
+    examples = items(plan, options.length, own.target if own else None) if of_tasks else []
     shares = split(options.mixture, {(group.source, group.language) for group in tokens.groups("train")}, examples)
     with speaking_of_calibration():
         if of_text := options.sequences - of_tasks:
-            batches.append(text(tokens, of_text, options.length, shares[0], seed))
+            rows = text(tokens, of_text, options.length, shares[0], seed)
+            batches.append(translated(rows, own) if own else rows)
             sources.append(f"{of_text} x {options.length} tokens of text")
         if of_tasks:
             batches.append(questions(examples, of_tasks, options.length, shares[1], seed))
@@ -102,13 +142,33 @@ def questions(examples: list[Example], rows: int, length: int, mixture: Mapping[
     }
 
 
-def items(plan: Path, length: int) -> list[Example]:
-    """Every training item of the plan's tasks. Raises `UserError` if one is longer than a row."""
+def translated(batch: Batch, own: Translation) -> Batch:
+    """Rows of text in other ids: what then does not fit is cut off, what is then missing is padding."""
+    import torch
+
+    ids, documents = torch.zeros_like(batch["ids"]), torch.full_like(batch["documents"], -1)
+    weights = torch.zeros_like(batch["weights"])
+    for row, (old, of) in enumerate(zip(batch["ids"], batch["documents"], strict=True)):
+        new = [own(old[of == one].tolist(), cut=True) for one in of.unique().tolist()]
+        place = 0
+        for document, found in enumerate(filter(None, new)):
+            found = found[: ids.shape[1] - place]
+            end = place + len(found)
+            ids[row, place:end], documents[row, place:end] = torch.tensor(found, dtype=ids.dtype), document
+            weights[row, place + 1 : end] = 1
+            place = end
+    return {"ids": ids, "documents": documents, "weights": weights}
+
+
+def items(plan: Path, length: int, tokenizer: Tokenizer | None = None) -> list[Example]:
+    """Every training item of the plan's tasks, by the plan's tokenizer or another. Raises `UserError` if one is longer
+    than a row.
+    """
     from hasten.task.data import load_tasks
     from hasten.tokenizer.base import load_tokenizer
     from hasten.training.finetuning import example
 
-    tokenizer = load_tokenizer(plan / "tokenizer")
+    tokenizer = tokenizer or load_tokenizer(plan / "tokenizer")
     found = [(task.path.name, item) for task in load_tasks(plan / "tasks") for item in task.items("train")]
     examples = [example(item, tokenizer, 2**31, task) for task, item in found]
     if examples and (longest := max(examples, key=lambda one: len(one.ids))) and len(longest.ids) > length:

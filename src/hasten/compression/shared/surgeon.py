@@ -1,0 +1,70 @@
+"""Weights that make up for those that go: the linear algebra of SparseGPT (`hasten.compression.sparsegpt`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hasten.compression.shared.layerwise import Group, Treatment
+
+if TYPE_CHECKING:
+    from hasten.compression.sparsegpt import Sparsegpt
+
+
+class Surgeon(Treatment):
+    """gram: X^T X of the tokens seen, (in, in) float64."""
+
+    def __init__(self, options: Sparsegpt) -> None:
+        self.options = options
+        self.gram: Tensor | None = None
+
+    def see(self, x: Tensor) -> None:
+        seen = x.double().T @ x.double()
+        self.gram = seen if self.gram is None else self.gram + seen
+
+    def treat(self, group: Group) -> None:
+        assert self.gram is not None
+        factor, self.gram = inverse_factor(self.gram, self.options.damping), None
+        for linear in group.linears:
+            linear.weight.copy_(operated(linear.weight.double(), factor, self.options))
+
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U with U^T U = (H + damping * its mean diagonal)^-1, upper triangular."""
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean())
+    damped.diagonal()[gram.diagonal() == 0] = 1  # never given anything: any value will do
+    # with the rows and columns of H in reverse order its Cholesky factor, reversed again, is the inverse of U
+    lower = torch.linalg.cholesky(damped.flip(0, 1))
+    unit = torch.eye(len(gram), dtype=gram.dtype)
+    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
+    return factor
+
+
+def operated(weight: Tensor, factor: Tensor, options: Sparsegpt) -> Tensor:
+    """A matrix (out, in) with weights at zero and the others moved, all float64."""
+    weight, columns = weight.clone(), weight.shape[1]
+    for start in range(0, columns, options.block):
+        end = min(start + options.block, columns)
+        errors = torch.zeros_like(weight[:, start:end])
+        gone = torch.zeros_like(errors, dtype=torch.bool)
+        for j in range(start, end):
+            if options.pattern == "2:4" and (j - start) % 4 == 0:
+                chosen = slice(j, j + 4)
+                gone[:, j - start : j - start + 4] = options.smallest(cost(weight, factor, chosen))
+            elif options.pattern == "none" and j == start:
+                costs = cost(weight, factor, slice(start, end))
+                gone = options.smallest(costs.reshape(1, -1)).view(costs.shape)  # compared over the whole block
+            error = torch.where(gone[:, j - start], weight[:, j] / factor[j, j], 0)
+            weight[:, j:end] -= error[:, None] * factor[j, j:end]
+            weight[:, j].masked_fill_(gone[:, j - start], 0)
+            errors[:, j - start] = error
+        weight[:, end:] -= errors @ factor[start:end, end:]
+    return weight
+
+
+def cost(weight: Tensor, factor: Tensor, columns: slice) -> Tensor:
+    """What it costs to set each of these weights to zero, if it is the only one."""
+    return (weight[:, columns] / factor.diagonal()[columns]).square()
