@@ -154,6 +154,10 @@ class Session(ABC):
         """Bytes the engine knows of (`weights`, `kv_cache`), null where it cannot tell."""
         return {"weights": None, "kv_cache": None}
 
+    def guessed(self) -> tuple[int, int] | None:
+        """Tokens that were guessed so far, to be checked together, and those that were right; None: nothing guesses."""
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Free the model."""
@@ -203,6 +207,10 @@ class Engine(ABC):
     @abstractmethod
     def load(self, variant: Variant, cache: Path) -> Session:
         """Load `variant`. What must be built from it first is kept under `cache`, by the variant's hash."""
+
+    def draft_of(self, variant: Variant) -> Variant | None:
+        """The variant that guesses for `variant` what comes next; None without one. It need not exist."""
+        return None
 
     def describe(self) -> dict[str, Any]:
         """The options as they will be used, for the record."""
