@@ -128,7 +128,9 @@ class Session(ABC):
     kernel: str
     """The number format and kernel that really run, for example `Q8_0 (AVX2)`."""
     weight_bytes_per_token: int
-    """Weight bytes that decoding one token at batch 1 reads."""
+    """Weight bytes that decoding one token at batch 1 reads, where nothing is guessed."""
+    weight_bytes_per_guess: int = 0
+    """Weight bytes that a draft reads on top, for each of its guesses."""
     kv_bytes_per_position: int
     """Bytes of keys and values, of all layers, that one position of the context holds; decoding reads them again."""
     arithmetic: str

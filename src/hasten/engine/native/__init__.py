@@ -208,8 +208,8 @@ def pack(variant: Variant, dtype: Dtype, folder: Path) -> None:
 class NativeSession(Session):
     """A running server. `submit` may be called from several threads.
 
-    weight_bytes_per_token: of one pass of the variant itself, which gives a token and each guess in it that is right.
-    What its draft reads, all of its weights for every guess, comes on top and is not part of it.
+    weight_bytes_per_token: of one pass of the variant itself, which also gives each guess in it that is right. What its
+    draft reads for every guess comes on top and is not part of it: `weight_bytes_per_guess`.
     """
 
     def __init__(
@@ -222,6 +222,7 @@ class NativeSession(Session):
             raise MemoryError(f"native could not reserve a KV cache for {engine.slots} x {self.context} tokens")
         self.kernel = f"{native_format} ({functions.hasten_kernels().decode()})"
         self.weight_bytes_per_token = loaded.weight_bytes_per_token
+        self.weight_bytes_per_guess = draft.weight_bytes_per_token if draft else 0
         value_bytes = 4 if engine.kv_cache is Dtype.float32 else 2
         self.kv_bytes_per_position = (
             2 * self.config.layers * self.config.kv_heads * self.config.head_width * value_bytes
