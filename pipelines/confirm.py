@@ -17,6 +17,7 @@ def main(config: Confirm) -> None:
     plan, finalists = load_plan(), read_json(config.folder / "finalists.json")
     jobs = {trial: trial_config(plan, trial).job("test") for trial in trials_of(finalists)}
     inputs = {trial: digest(job.variant) for trial, job in jobs.items()}
+    inputs |= {f"{trial}.draft": job.draft.hash for trial, job in jobs.items() if job.draft}
     with track("confirm", config, inputs=inputs, record=config.record("confirm")) as run:
         confirmation, rows = confirm(
             finalists,

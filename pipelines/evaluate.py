@@ -23,10 +23,12 @@ def main(config: Evaluate) -> None:
     variant = load_checkpoint(folder / "variants" / config.variant)
     inputs = {"variant": variant.hash, "machine": machine["id"]}
     inputs |= {name: digest(folder / name) for name in ("tasks", "checkpoints/tuned")}
+    job = config.job("validation")
+    inputs |= {"draft": job.draft.hash} if job.draft else {}
     tags = {"variant": config.variant, "engine": config.engine.name, "lineage": variant.manifest["lineage"]}
     record = config.record("evaluate", config.name)
     with track("evaluate", config, item=config.name, inputs=inputs, tags=tags, record=record) as run:
-        job, ceilings = config.job("validation"), ceilings_of(config.engine)
+        ceilings = ceilings_of(config.engine)
         outcome = trial.judged(job, trial.run(job, config.limits), config.limits)
         built = build_cost(config.record("compress", config.variant))
         predicted = recorded_bits_per_byte(folder / "bits_per_byte" / f"{config.variant}.json")

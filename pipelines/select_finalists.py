@@ -6,7 +6,7 @@ python pipelines/select_finalists.py plan=default
 from collections.abc import Sequence
 
 from hasten.config import stage
-from hasten.stages import Select, load_all_predictions, load_measurements, load_plan, trial_config
+from hasten.stages import Select, check_drafts, load_all_predictions, load_measurements, load_plan, trial_config
 
 
 @stage(Select)
@@ -18,6 +18,7 @@ def main(config: Select) -> None:
 
     plan = load_plan()
     measurements = load_measurements(plan)
+    check_drafts(plan, measurements)
     peaks = {measurement["trial"]: measurement["peak_memory_bytes"] for measurement in measurements}
 
     def play(scenario: str, trials: Sequence[str]) -> Qualified:
@@ -39,8 +40,7 @@ def main(config: Select) -> None:
             qualify=play if config.passes else None,
             seed=config.seed,
         )
-        path = config.folder / "finalists.json"
-        write_json(path, chosen)
+        write_json(path := config.folder / "finalists.json", chosen)
         run.artifact(path)
         for name, entry in chosen["scenarios"].items():
             run.tags({f"{name}.reference": entry["reference"], f"{name}.finalists": ", ".join(entry["finalists"])})

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hasten.artifacts import write_json
+from hasten.artifacts import digest, write_json
 from hasten.compression.rtn import Rtn
 from hasten.engine.eager import Eager
 from hasten.errors import UserError
@@ -21,6 +21,7 @@ from hasten.stages import (
     Select,
     Stage,
     Sweep,
+    check_drafts,
     check_name,
     load_measurements,
     load_plan,
@@ -153,6 +154,19 @@ def test_only_the_plans_own_trials_are_read_and_a_missing_one_is_an_error(
     assert [measurement["trial"] for measurement in load_measurements(plan)] == ["b", "a"]
     with pytest.raises(UserError, match=r"missing\.json does not exist"):
         load_measurements({"plan": "p", "trials": {"missing": {}}})
+
+
+def test_a_trial_whose_draft_has_changed_since_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("artifacts/p/variants/small")
+    write_json(path / "config.json", {"layers": 1})
+    old, plain = {"trial": "before drafts were recorded"}, {"trial": "plain", "draft": None}
+    drafted = {"trial": "drafted", "draft": {"variant": "small", "hash": digest(path)}}
+    check_drafts({"plan": "p"}, [old, plain, drafted])
+    write_json(path / "config.json", {"layers": 2})
+    words = "trial drafted was measured with another small; dvc repro -f -s evaluate@drafted"
+    with pytest.raises(UserError, match=words):
+        check_drafts({"plan": "p"}, [old, plain, drafted])
 
 
 def test_a_trial_of_the_plan_is_composed_as_evaluate_would_be_called_for_it() -> None:

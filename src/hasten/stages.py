@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from hasten.artifacts import Json, read_json
+from hasten.artifacts import Json, digest, read_json
 from hasten.compression.base import Compressor
 from hasten.compression.shared.calibration import Calibrate
 from hasten.corpus.base import Source
@@ -322,6 +322,15 @@ def load_measurements(plan: dict[str, Any]) -> list[Json]:
     """The measurements of the plan's trials, and of no others that may lie in the folder."""
     folder = Path("artifacts", plan["plan"], "measurements")
     return [read_json(folder / f"{trial}.json") for trial in plan["trials"]]
+
+
+def check_drafts(plan: dict[str, Any], measurements: Sequence[Json]) -> None:
+    """Raises `UserError` if a trial's draft has changed since: DVC knows that it depends on its variant, no more."""
+    for measurement in measurements:
+        if draft := measurement.get("draft"):
+            trial, name = measurement["trial"], draft["variant"]
+            if digest(Path("artifacts", plan["plan"], "variants", name)) != draft["hash"]:
+                raise UserError(f"trial {trial} was measured with another {name}; dvc repro -f -s evaluate@{trial}")
 
 
 def load_all_predictions(plan: dict[str, Any]) -> dict[str, pd.DataFrame]:

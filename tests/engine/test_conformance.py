@@ -36,9 +36,12 @@ ENGINES: dict[str, Callable[..., Engine]] = {
     "eager": lambda **options: Eager(**EXACT, **options),
     "llamacpp": lambda **options: Llamacpp(**EXACT, **options),
     "native": lambda **options: Native(**EXACT, activation_dtype=Dtype.float32, **options),
+    "native with a draft": lambda **options: Native(
+        **EXACT, activation_dtype=Dtype.float32, draft="draft", guesses=3, **options
+    ),
     "transformers": lambda **options: Transformers(**EXACT, **options),
 }
-BATCHING = ("llamacpp", "native")  # the others take one request after another
+BATCHING = ("llamacpp", "native", "native with a draft")  # the others take one request after another
 NEEDS = {"llamacpp": "xllamacpp"}
 NEAR_TIE = 0.01  # two logits closer than this may change places: sums are in another order
 Make = Callable[..., closing[Session]]
@@ -46,7 +49,9 @@ Make = Callable[..., closing[Session]]
 
 @pytest.fixture(scope="module")
 def variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
-    return llama.variant(tmp_path_factory.mktemp("variant") / "v", llama.shape())
+    folder = tmp_path_factory.mktemp("variant")
+    llama.variant(folder / "draft", llama.shape(layers=1), llama.random_tensors(llama.shape(layers=1), seed=1))
+    return llama.variant(folder / "v", llama.shape())
 
 
 @pytest.fixture(scope="module")

@@ -34,20 +34,14 @@ TOKENS = 24
 NEAR_TIE = 0.002  # two logits closer than this may change places: sums are in another order
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the kernels are compiled once for all tests."""
-    return tmp_path_factory.mktemp("cache")
-
-
 def session(variant: Variant, cache: Path, **options: Any) -> closing[NativeSession]:
     return closing(Native(**{**EXACT, **options}).load(variant, cache))
 
 
-def quantised(variant: Variant, bits: int, group_size: int) -> Variant:
+def quantised(variant: Variant, bits: int, group_size: int, name: str = "") -> Variant:
     made = Rtn(bits=bits, group_size=group_size, scale=Scale.signed).compress(variant, None, 0)
     assert made.grid is not None
-    folder = variant.path.with_name(f"int{bits}-{group_size}")
+    folder = variant.path.with_name(name or f"int{bits}-{group_size}")
     manifest = {**variant.manifest, "name": folder.name, "grid": made.grid.describe()}
     save_checkpoint(folder, made.config, made.tensors, variant.path, manifest)
     return Variant(folder)
@@ -140,7 +134,7 @@ def test_guesses_change_how_long_it_takes_and_not_a_token(tmp_path: Path, cache:
     for guesses in (0, 1, 7):
         with session(variant, cache, activation_dtype=Dtype.auto, slots=2, guesses=guesses) as engine:
             answers.append([ids(stream) for stream in [engine.submit(request) for request in requests]])
-            guessed, right = engine.guesses()
+            guessed, right = engine.guessed()
         assert (guessed > right > 0) if guesses else guessed == 0
     assert answers[0] == answers[1] == answers[2]
     assert all(len(answer) == 60 for answer in answers[0])
@@ -236,6 +230,8 @@ def test_a_compiler_that_is_missing_or_fails_is_one_sentence(tmp_path: Path, mon
         ({"kv_cache_dtype": Dtype.bfloat16}, "kv_cache_dtype must be auto, float16 or float32 for native"),
         ({"slots": 0}, "slots must be 1 to 256, got 0"),
         ({"guesses": -1}, r"guesses must be 0 to micro_batch - 1 \(255\), got -1"),
+        ({"draft": "shallow"}, "guesses must be at least 1 with engine.draft, got 0"),
+        ({"draft": "../v", "guesses": 2}, r"draft must be empty or a variant's name \(letters, .*\), got '../v'"),
         ({"slots": 8, "micro_batch": 4}, r"micro_batch must be slots \(8\) to 4096, got 4"),
     ],
 )

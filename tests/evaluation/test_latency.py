@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from hasten.evaluation.conditions import Conditions, Repetition
-from hasten.evaluation.latency import energy_joules_per_token, over_time, speed, validity
+from hasten.evaluation.latency import GUESSING, energy_joules_per_token, over_time, speed, validity
 from hasten.scenario.qa import Qa
 from hasten.scenario.timing import Sample
 
@@ -32,7 +32,7 @@ def test_every_figure_comes_with_its_interval_and_n():
     assert entry["latency_seconds_p50"] < entry["latency_seconds_p90"] < 0.241
     assert entry["headline"] == "latency_seconds_p50"
     assert entry["figure_n"] == dict.fromkeys(entry["ci95"], 41)
-    assert set(entry["why"]) == {"energy_joules_per_token"}
+    assert set(entry["why"]) == {"energy_joules_per_token", *GUESSING}
     json.dumps(entry)
 
 
@@ -81,6 +81,25 @@ def test_a_condition_that_is_known_in_part_of_the_time_is_its_mean_over_that():
     conditions = [Conditions(1.0, contention_cores=0.4), Conditions(5.0), Conditions(3.0, contention_cores=0.0)]
     assert over_time(conditions, "contention_cores") == pytest.approx(0.1)
     assert over_time(conditions, "steal_cores") is None
+
+
+def test_guesses_are_told_over_all_requests_and_as_what_a_pass_gave():
+    first, second = repetitions(10, 10)
+    guessing = [replace(sample, guessed=8, accepted=5) for sample in first.samples]
+    nothing = [replace(sample, guessed=0, accepted=0) for sample in second.samples]  # prompts that repeat nothing
+    entry = speed(Qa(), [replace(first, samples=guessing), replace(second, samples=nothing)])
+    passes = 10 * 5 + 10 * 10  # of the 10 tokens after the first, 5 came with others
+    expected = {"acceptance_rate": 5 / 8, "tokens_per_pass": 200 / passes, "guesses_per_pass": 80 / passes}
+    assert {name: entry[name] for name in GUESSING} == pytest.approx(expected)
+    assert not {*GUESSING} & entry["why"].keys()
+
+
+@pytest.mark.parametrize("guessed", [None, 0])
+def test_where_nothing_is_guessed_the_acceptance_is_null_with_the_reason(guessed):
+    parts = [Repetition([replace(sample, guessed=guessed, accepted=guessed) for sample in samples(20)], QUIET)]
+    entry = speed(Qa(), parts)
+    assert [entry[name] for name in GUESSING] == [None, None, None]
+    assert [entry["why"][name] for name in GUESSING] == ["nothing was guessed"] * 3
 
 
 def test_energy_is_that_of_the_repetitions_without_warm_up():

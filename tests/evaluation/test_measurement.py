@@ -1,8 +1,9 @@
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from hasten.artifacts import read_json, write_json
+from hasten.artifacts import Variant, read_json, write_json
 from hasten.evaluation.conditions import Repetition
 from hasten.evaluation.measurement import measurement
 from hasten.evaluation.trial import Job, Outcome
@@ -73,6 +74,26 @@ def test_a_measurement_keeps_the_contract_and_is_plain_json(job, tmp_path):
     assert record["speed"]["qa"]["validity"] == "valid"
     assert record["speed"]["qa"][record["headline"]["qa"]] == 0.5
     assert record["agreement"] == {"reference": "baseline@eager", "share": 0.0, "n": 1}
+
+
+@dataclass
+class Drafted(FakeEngine):
+    def draft_of(self, variant: Variant) -> Variant:
+        return Variant(variant.path.with_name("small"))
+
+
+def test_a_draft_is_recorded_with_its_hash_and_what_its_guesses_read(job):
+    assert measurement(job, finished(), machine=MACHINE)["draft"] is None
+    drafted = replace(job, engine=Drafted())
+    refused = Outcome("refused", "there is no small")
+    assert measurement(drafted, refused, machine=MACHINE)["draft"] == {
+        "variant": "small", "hash": None, "weight_bytes_per_guess": None
+    }  # fmt: skip
+    small = write_variant(job.variant.with_name("small"))
+    outcome = replace(finished(), weight_bytes_per_guess=70)
+    record = measurement(drafted, outcome, machine=MACHINE, ceilings=CEILINGS)
+    assert record["draft"] == {"variant": "small", "hash": Variant(small).hash, "weight_bytes_per_guess": 70}
+    assert record["ceilings"]["working_set_bytes"] == 1000 + 10 * (128 + 32) + 70
 
 
 def test_what_lies_beyond_short_answers_is_recorded(job):

@@ -48,6 +48,19 @@ def test_decoding_reads_the_weights_and_the_keys_and_values_of_the_mean_position
     assert found["mfu"] == pytest.approx(found["flops"] / 0.002 / 1e12)
 
 
+def test_tokens_of_one_pass_share_what_it_reads_and_what_a_draft_read_for_it() -> None:
+    drafted = work(weight_bytes_per_guess=1_000_000)
+    qa = entry(tokens_per_pass=2.5, guesses_per_pass=3.0)
+    decode = roofline(drafted, {"qa": qa}, CEILINGS)["roofline"]["qa"]["decode"]
+    alone = roofline(work(), {"qa": entry()}, CEILINGS)["roofline"]["qa"]["decode"]
+    assert decode["bytes"] == pytest.approx((alone["bytes"] + 3_000_000) / 2.5, abs=1)
+    assert decode["working_set_bytes"] == alone["working_set_bytes"] + 1_000_000  # both models, over and over
+    assert decode["flops"] == alone["flops"]  # what the tokens need, not what wrong guesses cost
+    assert decode["mbu"] == pytest.approx(decode["memory_seconds"] / 0.002)
+    unguessed = entry(tokens_per_pass=None, guesses_per_pass=None)
+    assert roofline(work(), {"qa": unguessed}, CEILINGS)["roofline"]["qa"]["decode"] == alone
+
+
 def test_a_sliding_layer_reads_its_window_of_the_context_and_computes_no_more() -> None:
     config = shape(sliding_window=8, tied_head=False)  # both layers slide
     found = decoding(work(config), 100, 41, 0.002, FLAT)

@@ -63,6 +63,18 @@ def test_it_holds_every_trial_task_reason_and_baseline(study: Study) -> None:
     assert "268" in text and "300" in text
 
 
+def test_guesses_have_a_column_where_any_trial_made_some(study: Study) -> None:
+    assert "guesses" not in text_of(render(study.measurements, study.verdict, b""))
+    first, *others = study.measurements
+    guessing = first | {"speed": {"qa": first["speed"]["qa"] | {"acceptance_rate": 0.6254}}}
+    before = others[0] | {
+        "speed": {"qa": {k: v for k, v in others[0]["speed"]["qa"].items() if k != "acceptance_rate"}}
+    }
+    text = text_of(render([guessing, before, *others[1:]], study.verdict, b""))
+    assert "guessesright%" in text
+    assert "62.5" in text
+
+
 def test_it_needs_no_network_and_runs_no_script(study: Study) -> None:
     page = render(study.measurements, study.verdict, b"png")
     assert not re.search(r"https?://|<script|<link|url\(", page)

@@ -28,6 +28,21 @@ def test_a_request_is_timed_by_its_tokens():
     assert sample.latency_seconds >= 0.03
 
 
+def test_what_an_engine_guessed_for_a_request_is_its_own_alone():
+    assert timed(FakeSession(token_seconds=1e-3), REQUEST).guessed is None
+
+    class Guessing(FakeSession):
+        """Has guessed 10 tokens before, 6 of them right, and two for every request, one of them right."""
+
+        def guessed(self) -> tuple[int, int]:
+            asked = len(self.requests)
+            return 10 + 2 * asked, 6 + asked
+
+    session = Guessing(token_seconds=1e-3)
+    samples = [timed(session, REQUEST) for _ in range(2)]
+    assert [(sample.guessed, sample.accepted) for sample in samples] == [(2, 1), (2, 1)]
+
+
 @pytest.mark.parametrize(
     ("stamps", "request_id", "complaint"),
     [

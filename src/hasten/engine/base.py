@@ -128,7 +128,9 @@ class Session(ABC):
     kernel: str
     """The number format and kernel that really run, for example `Q8_0 (AVX2)`."""
     weight_bytes_per_token: int
-    """Weight bytes that decoding one token at batch 1 reads."""
+    """Weight bytes that decoding one token at batch 1 reads, where nothing is guessed."""
+    weight_bytes_per_guess: int = 0
+    """Weight bytes that a draft reads on top, for each of its guesses."""
     kv_bytes_per_position: int
     """Bytes of keys and values, of all layers, that one position of the context holds; decoding reads them again."""
     arithmetic: str
@@ -153,6 +155,10 @@ class Session(ABC):
     def memory(self) -> dict[str, int | None]:
         """Bytes the engine knows of (`weights`, `kv_cache`), null where it cannot tell."""
         return {"weights": None, "kv_cache": None}
+
+    def guessed(self) -> tuple[int, int] | None:
+        """Tokens that were guessed so far, to be checked together, and those that were right; None: nothing guesses."""
+        return None
 
     @abstractmethod
     def close(self) -> None:
@@ -208,6 +214,10 @@ class Engine(ABC):
     @abstractmethod
     def load(self, variant: Variant, cache: Path) -> Session:
         """Load `variant`. What must be built from it first is kept under `cache`, by the variant's hash."""
+
+    def draft_of(self, variant: Variant) -> Variant | None:
+        """The variant that guesses for `variant` what comes next; None without one. It need not exist."""
+        return None
 
     def describe(self) -> dict[str, Any]:
         """The options as they will be used, for the record."""

@@ -3,7 +3,8 @@
 Every figure is a percentile of one value per request, with its n and its 95% interval; one that so few
 requests cannot support is null, with the reason beside it. The verdict on the whole is its validity:
 `noisy` if a repetition never got quiet, `preview` if there were too few requests, `valid` otherwise.
-Energy is told per generated token, from counters only.
+Energy is told per generated token, from counters only. Where an engine guesses tokens ahead, it is told how often it
+was right.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from hasten.artifacts import Json
 from hasten.evaluation.conditions import Conditions, Repetition
 from hasten.evaluation.statistics import Estimate, Unknown, median, percentile
 from hasten.scenario.base import Figure, Scenario
+from hasten.scenario.timing import Sample
 
 NO_REPETITION = "no repetition was measured"
+GUESSING = ("acceptance_rate", "tokens_per_pass", "guesses_per_pass")
 
 
 def speed(scenario: Scenario, repetitions: Sequence[Repetition]) -> Json:
@@ -35,6 +38,8 @@ def speed(scenario: Scenario, repetitions: Sequence[Repetition]) -> Json:
     why = {name: value.why for name, value in estimates.items() if isinstance(value, Unknown)}
     why |= {"validity": reason} if reason else {}
     why |= {"energy_joules_per_token": unknown_energy} if unknown_energy else {}
+    guesses = guessing(samples)
+    why |= {name: "nothing was guessed" for name, value in guesses.items() if value is None}
     for one in conditions:
         why |= {f"repetitions.{name}": text for name, text in one.why.items()}
     return {
@@ -49,6 +54,7 @@ def speed(scenario: Scenario, repetitions: Sequence[Repetition]) -> Json:
         "steal_cores": over_time(conditions, "steal_cores"),
         "energy_joules_per_token": joules,
         "energy_source": None if joules is None else " ".join(sorted(sources)),
+        **guesses,
         "repetitions": [_repetition(repetition) for repetition in repetitions],
         "options": scenario.describe(),
         "why": why,
@@ -103,6 +109,20 @@ def energy_joules_per_token(scenario: Scenario, repetitions: Sequence[Repetition
     if len(sources := {repetition.conditions.energy_source for repetition in counted}) > 1:
         return None, f"the repetitions' energy comes from different counters: {sorted(map(str, sources))}"
     return joules / tokens, None
+
+
+def guessing(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """How well an engine guessed in these requests, whose first token is none of it; None where it did not guess.
+
+    acceptance_rate: the share of guessed tokens that were right; one after a wrong one counts as wrong.
+    tokens_per_pass: what a reading of the weights gave, 1 without guesses. guesses_per_pass: how many it checked.
+    """
+    guessed, accepted = (sum(getattr(sample, name) or 0 for sample in samples) for name in ("guessed", "accepted"))
+    if not guessed:
+        return dict.fromkeys(GUESSING)
+    tokens = sum(sample.output_tokens - 1 for sample in samples)
+    passes = tokens - accepted  # each gives one token that nobody guessed
+    return dict(zip(GUESSING, (accepted / guessed, tokens / passes, guessed / passes), strict=True))
 
 
 def _repetition(repetition: Repetition) -> Json:

@@ -82,6 +82,7 @@ def measurement(
             "libraries": machine.get("libraries"),
         },
         "options": job.engine.describe(),
+        "draft": _draft(job, outcome),
         "kernel": outcome.kernel,
         "native_format": outcome.native_format,
         "artifact_bytes": variant.weight_bytes or None,
@@ -109,6 +110,14 @@ def measurement(
     }
 
 
+def _draft(job: Job, outcome: Outcome) -> Json | None:
+    """Which variant guessed: {variant, hash (null if there is none of that name), weight_bytes_per_guess}."""
+    if (draft := job.draft) is None:
+        return None
+    found = draft.hash if draft.path.is_dir() else None
+    return {"variant": draft.path.name, "hash": found, "weight_bytes_per_guess": outcome.weight_bytes_per_guess}
+
+
 def _quality(job: Job, outcome: Outcome) -> Json:
     if not outcome.predictions:
         return {}
@@ -126,5 +135,11 @@ def _limits(variant: Variant, outcome: Outcome, speeds: Json, ceilings: Json | s
     shape: Shape | None = None
     with contextlib.suppress(UserError):  # a family whose FLOPs the cost model does not count
         shape = read_shape(variant.config)
-    work = Work(shape, outcome.weight_bytes_per_token, outcome.kv_bytes_per_position, outcome.arithmetic)
+    work = Work(
+        shape,
+        outcome.weight_bytes_per_token,
+        outcome.kv_bytes_per_position,
+        outcome.arithmetic,
+        outcome.weight_bytes_per_guess or 0,
+    )
     return roofline(work, speeds, ceilings)

@@ -39,15 +39,16 @@ class Work:
     """What a loaded variant does for a token, as its session says.
 
     config: the model's shape, None for a family whose FLOPs are not counted. weight_bytes_per_token: read for every
-    decoded token. kv_bytes_per_position: bytes of keys and values per position of the context, all layers (0 for a
-    recurrent state, which does not grow: its few bytes are left out). arithmetic: what the multiplications use:
-    `float32`, `float16`, `bfloat16` or `int8`.
+    decoded token, where nothing is guessed. kv_bytes_per_position: bytes of keys and values per position of the
+    context, all layers (0 for a recurrent state, which does not grow: its few bytes are left out). arithmetic: what the
+    multiplications use: `float32`, `float16`, `bfloat16` or `int8`. weight_bytes_per_guess: read by a draft, on top.
     """
 
     config: Shape | None
     weight_bytes_per_token: int
     kv_bytes_per_position: int
     arithmetic: str
+    weight_bytes_per_guess: int = 0
 
     @property
     def cost(self) -> NetworkCost | None:
@@ -94,8 +95,8 @@ def roofline(work: Work, speed: Json, ceilings: Json) -> Json:
     values = {"mbu": decode["mbu"], "mfu": prefill["mfu"], "bound": decode["bound"]}
     return {
         "ceilings": {
-            "read_bytes_per_second": read_rate(ceilings, decode["bytes"]),
-            "working_set_bytes": decode["bytes"],
+            "read_bytes_per_second": read_rate(ceilings, decode["working_set_bytes"]),
+            "working_set_bytes": decode["working_set_bytes"],
             "cache_read_bytes_per_second": ceilings["cache_bytes_per_second"],
             "dram_read_bytes_per_second": ceilings["dram_bytes_per_second"],
             "matmul_flops_per_second": ceilings["matmul_flops_per_second"].get(work.arithmetic),
@@ -121,21 +122,34 @@ def _scenario(work: Work, entry: Json, ceilings: Json) -> Json:
     if lacking or None in lengths:
         return {"why": f"the scenario has no {lacking[0] if lacking else 'fixed lengths'}"}
     prompt, output = lengths
-    decode = decoding(work, prompt, output, entry["tpot_seconds_p50"], ceilings)
+    guessing = {name: entry[name] for name in ("tokens_per_pass", "guesses_per_pass") if entry.get(name)}
+    decode = decoding(work, prompt, output, entry["tpot_seconds_p50"], ceilings, **guessing)
     prefill = prefilling(work, prompt, entry["ttft_seconds_p50"], ceilings)
     return {"decode": decode, "prefill": prefill, "why": f"{decode['why']}. {_capital(prefill['why'])}."}
 
 
-def decoding(work: Work, prompt_tokens: int, output_tokens: int, tpot_seconds: float, ceilings: Json) -> Json:
+def decoding(
+    work: Work,
+    prompt_tokens: int,
+    output_tokens: int,
+    tpot_seconds: float,
+    ceilings: Json,
+    *,
+    tokens_per_pass: float = 1.0,
+    guesses_per_pass: float = 0.0,
+) -> Json:
     """One decoded token, averaged over the tokens after the first of a request alone on the engine.
 
     Token k after the first (k = 1 .. output - 1) is the last of prompt + k positions: prompt + output / 2 on average.
+    Tokens of one pass share what it reads, and what a draft has read for it.
     """
     positions = range(prompt_tokens + 1, prompt_tokens + max(output_tokens, 2))
-    read = work.weight_bytes_per_token + work.kv_bytes_read(positions)
+    checked = work.weight_bytes_per_token + work.kv_bytes_read(positions)
+    read = (checked + guesses_per_pass * work.weight_bytes_per_guess) / tokens_per_pass
+    held = checked + work.weight_bytes_per_guess
     cost = work.cost
     flops = round(fmean(cost.decode_flops(position) for position in positions)) if cost else None
-    return phase("decode", read, flops, tpot_seconds, work.arithmetic, ceilings)
+    return phase("decode", read, flops, tpot_seconds, work.arithmetic, ceilings, working_set_bytes=held)
 
 
 def prefilling(work: Work, prompt_tokens: int, ttft_seconds: float, ceilings: Json) -> Json:
@@ -147,15 +161,24 @@ def prefilling(work: Work, prompt_tokens: int, ttft_seconds: float, ceilings: Js
 
 
 def phase(
-    name: str, read_bytes: float, flops: int | None, measured_seconds: float, arithmetic: str, ceilings: Json
+    name: str,
+    read_bytes: float,
+    flops: int | None,
+    measured_seconds: float,
+    arithmetic: str,
+    ceilings: Json,
+    *,
+    working_set_bytes: float | None = None,
 ) -> Json:
     """One phase against its two limits.
 
-    bytes, flops: what it needs. memory_seconds, compute_seconds: the least that takes here. measured_seconds: what it
-    took. mbu, mfu: the two shares. bound: `memory`, `compute`, `overhead`, or null if memory does not explain half of
-    the time and arithmetic is not known. share: that of the nearer limit. why: the same as a sentence.
+    bytes, flops: what it needs. working_set_bytes: what it reads over and over, the bytes unless told. memory_seconds,
+    compute_seconds: the least that takes here. measured_seconds: what it took. mbu, mfu: the two shares. bound:
+    `memory`, `compute`, `overhead`, or null if memory does not explain half of the time and arithmetic is not known.
+    share: that of the nearer limit. why: the same as a sentence.
     """
-    bandwidth = read_rate(ceilings, read_bytes)
+    held = working_set_bytes or read_bytes
+    bandwidth = read_rate(ceilings, held)
     rate = ceilings["matmul_flops_per_second"].get(arithmetic)
     memory = read_bytes / bandwidth
     compute = flops / rate if flops is not None and rate else None
@@ -165,7 +188,7 @@ def phase(
         bound: str | None = "memory" if mbu >= (mfu or 0.0) else "compute"
     else:
         bound = None if mfu is None else "overhead"
-    reading = f"the {_giga(bandwidth)}B/s this machine reads at {read_bytes / 1e6:.3g} MB"
+    reading = f"the {_giga(bandwidth)}B/s this machine reads at {held / 1e6:.3g} MB"
     if bound == "memory":
         why = f"{name} is memory-bound: {mbu:.0%} of {reading}"
     elif bound == "compute":
@@ -183,6 +206,7 @@ def phase(
         why += f"; at the limit it would be {1 / share:.3g}x faster"
     return {
         "bytes": round(read_bytes),
+        "working_set_bytes": round(held),
         "flops": flops,
         "memory_seconds": memory,
         "compute_seconds": compute,

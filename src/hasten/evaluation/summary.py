@@ -61,7 +61,8 @@ def figures(measurement: Json) -> dict[str, float | None]:
         flat |= {f"{split}_accuracy_{language}": part["accuracy"] for language, part in whole["languages"].items()}
     for scenario, entry in measurement["speed"].items():
         flat |= {f"{scenario}_{name}": entry[name] for name in entry["ci95"]}
-        flat |= {f"{scenario}_{name}": entry[name] for name in ("contention_cores", "energy_joules_per_token")}
+        others = ("contention_cores", "energy_joules_per_token", "acceptance_rate", "tokens_per_pass")
+        flat |= {f"{scenario}_{name}": entry[name] for name in others}
     flat |= {f"bits_per_byte_{name}": value for name, value in (measurement["bits_per_byte"] or {}).items()}
     return flat | _continued(measurement["continuation"])
 
@@ -91,6 +92,8 @@ def tell(measurement: Json) -> None:
     for scenario, entry in measurement["speed"].items():
         rate = entry.get("decode_tokens_per_second")
         speed = f", {rate:,.0f} tokens/s decode" if rate else ""
+        if entry["acceptance_rate"] is not None:
+            speed += f", {entry['acceptance_rate']:.0%} of guesses right"
         parts.append(f"{scenario} {entry['headline']} {entry[entry['headline']]:.4g}{speed} ({entry['validity']})")
         if why := measurement["roofline"].get(scenario, {}).get("why"):
             parts.append(why)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hasten.artifacts import Variant
 from hasten.config import QUIET
 from hasten.engine.base import Engine
 from hasten.errors import UserError
@@ -53,6 +54,11 @@ class Job:
     baseline: Path | None = None
     continuation: Continuation | None = None
 
+    @property
+    def draft(self) -> Variant | None:
+        """The variant that guesses for it, if the engine has one."""
+        return self.engine.draft_of(Variant(self.variant))
+
 
 @dataclass
 class Outcome:
@@ -73,6 +79,7 @@ class Outcome:
     load_seconds: float | None = None
     compile_seconds: float | None = None
     weight_bytes_per_token: int | None = None
+    weight_bytes_per_guess: int | None = None
     kv_bytes_per_position: int | None = None
     peak_memory_bytes: int | None = None
     peak_gpu_memory_bytes: int | None = None

@@ -129,6 +129,7 @@ def load(job: Job, line: Line, *, stop_after_build: bool = False) -> tuple[Outco
     outcome.arithmetic = session.arithmetic
     outcome.load_seconds = session.load_seconds
     outcome.weight_bytes_per_token = session.weight_bytes_per_token
+    outcome.weight_bytes_per_guess = session.weight_bytes_per_guess
     outcome.kv_bytes_per_position = session.kv_bytes_per_position
     return outcome, session
 

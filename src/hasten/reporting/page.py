@@ -131,13 +131,14 @@ def texts(measurements: Sequence[Json]) -> Json:
 
 
 def speed_table(measurements: Sequence[Json], scenario: str) -> Json:
-    """{columns: [Quantity], rows: [{measurement, entry, cells}], missing: {label: why}}, fastest first.
+    """{columns: [Quantity], rows: [{measurement, entry, cells}], missing: {label: why}, guesses}, fastest first.
 
-    cells: {text, low, high, why} each. missing: figures that no trial could give, which get no column.
+    cells: {text, low, high, why} each. missing: figures that no trial could give, which get no column. guesses: whether
+    any trial guessed tokens.
     """
     entries = [(m, m["speed"][scenario]) for m in measurements if scenario in m["speed"]]
     if not entries:
-        return {"columns": [], "rows": [], "missing": {}}
+        return {"columns": [], "rows": [], "missing": {}, "guesses": False}
     first = entries[0][1]
     sign = 1 if first["lower_is_better"] else -1
     entries.sort(key=lambda pair: sign * (pair[1][first["headline"]] or sign * float("inf")))
@@ -152,7 +153,8 @@ def speed_table(measurements: Sequence[Json], scenario: str) -> Json:
         }
         for measurement, entry in entries
     ]
-    return {"columns": list(known.values()), "rows": rows, "missing": missing}
+    guesses = any(entry.get("acceptance_rate") is not None for _, entry in entries)
+    return {"columns": list(known.values()), "rows": rows, "missing": missing, "guesses": guesses}
 
 
 def _cell(entry: Json, name: str, shown: Quantity) -> Json:

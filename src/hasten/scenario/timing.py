@@ -26,7 +26,10 @@ CLOCK_SLACK_SECONDS = 0.005
 
 @dataclass(frozen=True)
 class Sample:
-    """One request as it was served. client_seconds: its latency by the client's own clock."""
+    """One request as it was served. client_seconds: its latency by the client's own clock.
+
+    guessed, accepted: tokens that the engine guessed for it, and those that were right; None where nothing guesses.
+    """
 
     ttft_seconds: float
     tpot_seconds: float
@@ -34,16 +37,19 @@ class Sample:
     prompt_tokens: int
     output_tokens: int
     client_seconds: float
+    guessed: int | None = None
+    accepted: int | None = None
 
 
 def timed(session: Session, request: Request) -> Sample:
-    """Send a request of fixed length (no stop ids, at least 2 tokens) and time it.
+    """Send a request of fixed length (no stop ids, at least 2 tokens) and time it, while the engine has no other.
 
     Raises `RuntimeError` if the engine answers another request, gives too few or too many tokens, or
     stamps them at times that cannot be.
     """
     stamps: list[float] = []
     client_seconds = 0.0
+    before = session.guessed()
     start = time.perf_counter()
     for token in session.submit(request):
         client_seconds = time.perf_counter() - start
@@ -62,6 +68,8 @@ def timed(session: Session, request: Request) -> Sample:
         raise RuntimeError("the engine delivered all tokens at once; it must stream them to be timed")
     if stamps[-1] > client_seconds + CLOCK_SLACK_SECONDS:
         raise RuntimeError("the engine stamped a token later than it was received")
+    after = session.guessed()
+    guesses = None if before is None or after is None else (after[0] - before[0], after[1] - before[1])
     return Sample(
         ttft_seconds=stamps[0],
         tpot_seconds=(stamps[-1] - stamps[0]) / (count - 1),
@@ -69,6 +77,8 @@ def timed(session: Session, request: Request) -> Sample:
         prompt_tokens=len(request.prompt),
         output_tokens=count,
         client_seconds=client_seconds,
+        guessed=guesses and guesses[0],
+        accepted=guesses and guesses[1],
     )
 
 

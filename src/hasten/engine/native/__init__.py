@@ -6,7 +6,12 @@ order in which they are read, on huge pages; a group of 4-bit integers is multip
 to 8 bits with a scale for every 32, four products per lane and instruction where there is VNNI. Several requests share
 one pass (continuous batching), prompts fill it up, and no Python runs between tokens.
 
+A pass over a few tokens costs hardly more than one over a single token, so what comes next may be guessed and checked
+in it (speculative decoding): by what followed the last few tokens before, or by a draft, a smaller variant that writes
+ahead.
+
     python pipelines/evaluate.py engine=native variant=int4 engine.slots=8
+    python pipelines/evaluate.py engine=native variant=int4 engine.draft=shallow-int8 engine.guesses=3
 
 Built once per variant into `<cache>/native/<variant hash>-<weight_dtype>-<format>`.
 """
@@ -14,7 +19,7 @@ Built once per variant into `<cache>/native/<variant hash>-<weight_dtype>-<forma
 from __future__ import annotations
 
 import ctypes
-import mmap
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.artifacts import Json, Variant, read_json, write_json
+from hasten.artifacts import Json, Variant, digest, write_json
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token, built
 from hasten.engine.native import build as kernels
 from hasten.engine.streaming import HAND_OVER_SECONDS
@@ -31,11 +36,8 @@ from hasten.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hasten.engine.native.layout import Matrix, Shape
-    from hasten.model.config import ModelConfig
+    from hasten.engine.native.loaded import Loaded
 
-FLOATS, INTEGERS = 0, 2
-"""Activations as they are, or in the form that a matrix is multiplied with fastest (`Precision` of cpp/kernels.hpp)."""
 RUNNING, FINISHED, _CANCELLED, NOT_FINITE = range(1, 5)  # `Status` of cpp/server.cpp
 ALIGNED = 64
 POLLED = 256
@@ -47,13 +49,15 @@ class Native(Engine):
 
     activation_dtype: auto rounds to 8 bits before a product with integers and to bfloat16 before one with bfloat16;
     float32 rounds nothing, for comparing answers. micro_batch: tokens of one pass. slots: requests that run at the same
-    time, each with a context of max_context. guesses: tokens that are guessed from what followed the last few before,
-    and computed together with the next one; the answers stay the same to the token, greedy or drawn.
+    time, each with a context of max_context. guesses: tokens that are guessed and computed together with the next one;
+    the answers stay the same to the token, greedy or drawn. draft: the variant beside the one that runs that guesses
+    them; empty: they are what followed the last few tokens before.
     """
 
     micro_batch: int = 256
     slots: int = 1
     guesses: int = 0
+    draft: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,6 +77,12 @@ class Native(Engine):
             raise UserError(f"engine.micro_batch must be slots ({self.slots}) to 4096, got {self.micro_batch}")
         if not 0 <= self.guesses < self.micro_batch:
             raise UserError(f"engine.guesses must be 0 to micro_batch - 1 ({self.micro_batch - 1}), got {self.guesses}")
+        if self.draft and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.draft):
+            raise UserError(
+                f"engine.draft must be empty or a variant's name (letters, digits, -, _), got {self.draft!r}"
+            )
+        if self.draft and not self.guesses:
+            raise UserError("engine.guesses must be at least 1 with engine.draft, got 0")
 
     @property
     def weights(self) -> Dtype:
@@ -92,7 +102,15 @@ class Native(Engine):
         except UserError:  # CXX names none: to be told to who loads this engine
             return {"compiler": None}
 
+    def draft_of(self, variant: Variant) -> Variant | None:
+        return Variant(variant.path.with_name(self.draft)) if self.draft else None
+
     def supports(self, variant: Variant) -> Support:
+        support, draft = self._supports(variant), self.draft_of(variant)
+        reason = self._misfit(draft, variant) if support and draft else None
+        return Support(reason=reason) if reason else support
+
+    def _supports(self, variant: Variant) -> Support:
         from hasten.model.config import ModelConfig
         from hasten.model.shape import read_shape
 
@@ -112,6 +130,28 @@ class Native(Engine):
         group = f"group {grid['group_size']}" if grid["group_size"] else "per channel"
         return Support(native_format=f"int{grid['bits']} {group}")
 
+    def _misfit(self, draft: Variant, variant: Variant) -> str | None:
+        """Why a draft cannot guess for a variant that the engine runs; None if it can."""
+        from hasten.model.config_json import from_huggingface
+
+        if not (draft.path / "config.json").is_file():
+            return f"engine.draft must name a variant beside {variant.path.name}, got {self.draft!r}"
+        support = self._supports(draft)
+        if not support:
+            return f"engine.draft must name a variant that native runs, got {self.draft!r}: {support.reason}"
+        ours, theirs = from_huggingface(variant.config), from_huggingface(draft.config)
+        if ours.vocab_size != theirs.vocab_size:
+            return (
+                f"engine.draft must have a vocabulary of {ours.vocab_size}, got {self.draft!r} with {theirs.vocab_size}"
+            )
+        files = [one.path / "tokenizer.json" for one in (variant, draft)]
+        if len({digest(file) if file.is_file() else "" for file in files}) > 1:
+            return f"engine.draft must have the tokenizer of {variant.path.name}, got {self.draft!r} with another"
+        context = min(self.max_context, ours.context)
+        if theirs.context < context:
+            return f"engine.draft must hold {context} tokens, got {self.draft!r} with a context of {theirs.context}"
+        return None
+
     def build(self, variant: Variant, cache: Path) -> Path:
         """The folder that holds the packed weights and their facts; written once, then found again."""
         from hasten.engine.native.layout import FORMAT
@@ -120,20 +160,25 @@ class Native(Engine):
         return built(folder, lambda temporary: pack(variant, self.weights, temporary))
 
     def load(self, variant: Variant, cache: Path) -> NativeSession:
+        from hasten.engine.native.loaded import Loaded
+
         support = self.supports(variant)
         if not support:
             raise UserError(f"native cannot run {variant.path.name}: {support.reason}")
         start = time.perf_counter()
-        functions, folder = kernels.load(cache), self.build(variant, cache)
+        functions, draft = kernels.load(cache), self.draft_of(variant)
+        folders = [self.build(one, cache) for one in (variant, draft) if one]
         ready = time.perf_counter()
-        session = NativeSession(self, functions, folder, variant, str(support.native_format))
+        loaded = Loaded(self, variant, folders[0], self.guesses)
+        ahead = Loaded(self, draft, folders[1]) if draft else None
+        session = NativeSession(self, functions, str(support.native_format), loaded, ahead)
         session.compile_seconds, session.load_seconds = ready - start, time.perf_counter() - ready
         return session
 
     def describe(self) -> Json:
         resolved = {"weight_dtype": self.weights.name, "kv_cache_dtype": self.kv_cache.name}
         return {**super().describe(), **resolved, "micro_batch": self.micro_batch, "slots": self.slots,
-                "guesses": self.guesses}  # fmt: skip
+                "guesses": self.guesses, "draft": self.draft}  # fmt: skip
 
 
 def pack(variant: Variant, dtype: Dtype, folder: Path) -> None:
@@ -166,50 +211,24 @@ def pack(variant: Variant, dtype: Dtype, folder: Path) -> None:
     write_json(folder / "manifest.json", {"schema": 1, "kind": "native", "places": places})
 
 
-class Arena:
-    """The weights in memory, on huge pages where the system has them: fewer translations, more bandwidth."""
-
-    def __init__(self, path: Path) -> None:
-        size = path.stat().st_size
-        # private: shared memory, Python's default, gets no huge pages
-        self.memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self.memory.madvise(mmap.MADV_HUGEPAGE)
-        with path.open("rb") as file:
-            read = file.readinto(self.memory)
-        if read != size:
-            raise UserError(f"{path} could not be read to its end")
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-
-    def at(self, place: int | None) -> int | None:
-        return None if place is None else self.address + place
-
-    def matrix(self, entry: Json) -> Matrix:
-        from hasten.engine.native.layout import Matrix
-
-        numbers = {name: entry[name] for name in ("kind", "rows", "columns", "group")}
-        return Matrix(**numbers, **{part: self.at(entry[part]) for part in ("data", "scales", "bias")})
-
-
 class NativeSession(Session):
-    """A running server. `submit` may be called from several threads."""
+    """A running server. `submit` may be called from several threads.
 
-    def __init__(self, engine: Native, functions: Any, folder: Path, variant: Variant, native_format: str) -> None:
-        from hasten.model.config_json import from_huggingface
+    weight_bytes_per_token: of one pass of the variant itself, which also gives each guess in it that is right. What its
+    draft reads for every guess comes on top and is not part of it: `weight_bytes_per_guess`.
+    """
 
-        self.config, self.functions = from_huggingface(variant.config), functions
-        self.context = min(engine.max_context, self.config.context)
-        places = read_json(folder / "manifest.json")["places"]
-        self._arena = Arena(folder / "weights.bin")
-        self._shape, self._kept = shape_of(engine, self.config, self.context, places, self._arena)
-        self._server = functions.hasten_open(ctypes.byref(self._shape))
+    def __init__(
+        self, engine: Native, functions: Any, native_format: str, loaded: Loaded, draft: Loaded | None
+    ) -> None:
+        self.config, self.context, self.functions = loaded.config, loaded.context, functions
+        self._loaded = [one for one in (loaded, draft) if one]
+        self._server = functions.hasten_open(*(ctypes.byref(one.shape) for one in self._loaded), *[None] * (not draft))
         if not self._server:
             raise MemoryError(f"native could not reserve a KV cache for {engine.slots} x {self.context} tokens")
         self.kernel = f"{native_format} ({functions.hasten_kernels().decode()})"
-        sizes = {name: entry.get("bytes", 0) for name, entry in places.items()}
-        rows = self.config.vocab_size
-        self._weight_bytes = sum(sizes.values())
-        self.weight_bytes_per_token = self._weight_bytes - sizes.get("embedding", 0) * (rows - 1) // rows
+        self.weight_bytes_per_token = loaded.weight_bytes_per_token
+        self.weight_bytes_per_guess = draft.weight_bytes_per_token if draft else 0
         value_bytes = 4 if engine.kv_cache is Dtype.float32 else 2
         self.kv_bytes_per_position = (
             2 * self.config.layers * self.config.kv_heads * self.config.head_width * value_bytes
@@ -235,10 +254,10 @@ class NativeSession(Session):
         return getattr(self.functions, f"hasten_{name}")(self._server, *arguments) if self._server else None
 
     def memory(self) -> dict[str, int | None]:
-        return {"weights": self._weight_bytes, "kv_cache": self.call("cache_bytes")}
+        """Of the variant and its draft."""
+        return {"weights": sum(one.weight_bytes for one in self._loaded), "kv_cache": self.call("cache_bytes")}
 
-    def guesses(self) -> tuple[int, int]:
-        """Tokens that were guessed so far, and those of them that were right."""
+    def guessed(self) -> tuple[int, int]:
         guessed, right = ctypes.c_int64(), ctypes.c_int64()
         self.call("guesses", ctypes.byref(guessed), ctypes.byref(right))
         return guessed.value, right.value
@@ -302,44 +321,3 @@ def arithmetic(engine: Native, native_format: str, kernel: str) -> str:
     if native_format.startswith("int"):
         return "int8"
     return "bfloat16" if native_format == "bfloat16" and "BF16" in kernel else "float32"
-
-
-def shape_of(
-    engine: Native, config: ModelConfig, context: int, places: Json, arena: Arena
-) -> tuple[Shape, list[object]]:
-    """The model as the kernels know it, and what must outlive them."""
-    import torch
-
-    from hasten.engine.native.layout import MATRICES, NORMS, Layer, Shape, padded
-    from hasten.model.config import Activation, RopeScaling
-    from hasten.model.decoder import frequencies, rotary
-
-    kept: list[object] = []
-    layers = (Layer * config.layers)()
-    for number in range(config.layers):
-        layer = layers[number]
-        for name in MATRICES:
-            setattr(layer, name, arena.matrix(places[f"{number}.{name}"]))
-        for name in NORMS:
-            setattr(layer, name, arena.at(places.get(f"{number}.{name}", {}).get("data")))
-        layer.window = config.sliding_window if config.slides(number) else 0
-        layer.rope = int(config.slides(number) and config.local_rope_theta > 0)
-    local = (config.local_rope_theta or config.rope_theta, RopeScaling())
-    shape = Shape(
-        layers=config.layers, hidden=config.hidden_size, heads=config.heads, kv_heads=config.kv_heads,
-        width=config.head_width, feed=config.feed_forward_size, vocabulary=config.vocab_size,
-        context=padded(context, 16), slots=engine.slots, batch=engine.micro_batch, threads=engine.thread_count,
-        guesses=engine.guesses,
-        gelu=config.activation is Activation.gelu_tanh,
-        precision=FLOATS if engine.activation_dtype is Dtype.float32 else INTEGERS,
-        half_cache=engine.kv_cache is Dtype.float16, epsilon=config.norm_epsilon, scale=config.score_scale,
-        embedding_scale=config.hidden_size**0.5 if config.embedding_scale else 1.0, layer=layers,
-        embedding=arena.matrix(places.get("embedding") or places["head"]), head=arena.matrix(places["head"]),
-        norm=arena.at(places["norm"]["data"]),
-    )  # fmt: skip
-    for number, (theta, scaling) in enumerate(((config.rope_theta, config.rope_scaling), local)):
-        angles = rotary(torch.arange(context), frequencies(config.head_width, theta, scaling))
-        tables = [table[:, : config.head_width // 2].contiguous() for table in angles]  # the halves share angles
-        shape.cosines[number], shape.sines[number] = (table.data_ptr() for table in tables)
-        kept += tables
-    return shape, [*kept, layers]

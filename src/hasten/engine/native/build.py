@@ -72,7 +72,7 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     ints, doubles = ctypes.POINTER(int32), ctypes.POINTER(ctypes.c_double)
     types: dict[str, tuple[type | None, list[type]]] = {
         "kernels": (ctypes.c_char_p, []),
-        "open": (pointer, [pointer]),
+        "open": (pointer, [pointer, pointer]),
         "close": (None, [pointer]),
         "cache_bytes": (int64, [pointer]),
         "guesses": (None, [pointer, ctypes.POINTER(int64), ctypes.POINTER(int64)]),

@@ -33,7 +33,7 @@ struct Input {
 
 class Model {
 public:
-    explicit Model(const Shape& shape) : s(shape), team(shape.threads), own(shape.threads) {
+    Model(const Shape& shape, Team& team) : s(shape), team(team), own(shape.threads) {
         int widest = std::max({s.layer[0].qkv.columns, s.layer[0].output.columns, s.layer[0].down.columns});
         size_t tokens = s.batch;
         x.resize(tokens * s.hidden), y.resize(tokens * s.hidden), queries.resize(tokens * qkv_rows());
@@ -64,7 +64,7 @@ private:
         std::vector<float> scores, gate;
     };
     Shape s;
-    Team team;
+    Team& team;  // models that take turns share one: an idle team's threads would spin on the other's cores
     std::vector<Own> own;
     Activations shared;
     std::vector<float> x, y, queries, attended, gated, logits, keys, values;

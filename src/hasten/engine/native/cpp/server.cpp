@@ -2,82 +2,21 @@
 //
 // Every pass takes the newest token of each sequence that writes, with guesses of what follows, and fills the batch up
 // with prompts in the order of their arrival. No Python runs between tokens; whoever wants them reads them from the request's list.
-#include "model.hpp"
+#include "guesses.hpp"
 
-#include <chrono>
 #include <deque>
-#include <memory>
-#include <numeric>
+#include <optional>
 #include <string>
 #include <unordered_map>
 
 namespace hasten {
 
-using Clock = std::chrono::steady_clock;
-
-enum Status : int32_t { WAITING = 0, RUNNING = 1, FINISHED = 2, CANCELLED = 3, NOT_FINITE = 4 };
-
-struct Sequence {
-    std::vector<int32_t> prompt, stops, ids, guesses;
-    std::vector<double> seconds;
-    int32_t most, slot = -1, fed = 0, status = WAITING;
-    float temperature, top_p;
-    uint64_t seed;
-    bool cancelled = false;
-    Clock::time_point sent = Clock::now();
-};
-
-// What may come next: what followed the last few tokens where they stood before (prompt lookup, Saxena 2023). At most
-// `most` tokens, none if they are new.
-inline void guess(Sequence& q, int most) {
-    q.guesses.clear();
-    const int length = int(q.prompt.size() + q.ids.size()), prompt = int(q.prompt.size());
-    auto at = [&](int i) { return i < prompt ? q.prompt[i] : q.ids[i - prompt]; };
-    for (int gram = 3; gram >= 2 && q.guesses.empty(); gram--)
-        for (int end = length - 1; end >= gram && q.guesses.empty(); end--) {  // the latest place first
-            bool same = true;
-            for (int i = 1; i <= gram && same; i++) same = at(end - i) == at(length - i);
-            for (int i = end; same && i < length && int(q.guesses.size()) < most; i++) q.guesses.push_back(at(i));
-        }
-}
-
-// A number in [0, 1) that depends on the seed and the place alone (splitmix64, Steele et al. 2014).
-inline double uniform(uint64_t seed, uint64_t place) {
-    uint64_t z = seed + (place + 1) * 0x9e3779b97f4a7c15ull;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull, z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return double((z ^ (z >> 31)) >> 11) * 0x1.0p-53;
-}
-
-// Nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751): the most likely tokens that together have `top_p`.
-inline int sample(const float* logits, int count, float temperature, float top_p, double chance) {
-    const float largest = logits[place_of_largest(logits, count)];
-    std::vector<double> weight(count);
-    double total = 0;
-    for (int i = 0; i < count; i++) total += weight[i] = std::exp((double(logits[i]) - largest) / temperature);
-    std::vector<int> order(count);
-    std::iota(order.begin(), order.end(), 0);
-    auto less = [&](int a, int b) { return weight[a] != weight[b] ? weight[a] < weight[b] : a > b; };
-    std::vector<int> kept;
-    double mass = 0;
-    if (top_p < 1) {
-        std::make_heap(order.begin(), order.end(), less);
-        for (auto end = order.end(); end != order.begin() && mass < double(top_p) * total; --end) {
-            std::pop_heap(order.begin(), end, less);
-            kept.push_back(*(end - 1)), mass += weight[*(end - 1)];
-        }
-    } else
-        kept = order, mass = total;
-    double left = chance * mass;
-    for (int i : kept)
-        if ((left -= weight[i]) < 0) return i;
-    return kept.back();
-}
-
 class Server {
 public:
     std::atomic<int64_t> guessed{0}, right{0};
 
-    explicit Server(const Shape& shape) : s(shape), model(shape), free_(shape.slots) {
+    Server(const Shape& shape, const Shape* draft) : s(shape), team(shape.threads), model(shape, team), free_(shape.slots) {
+        if (draft) draft_.emplace(*draft, team);
         std::iota(free_.rbegin(), free_.rend(), 0);
         worker_ = std::thread([this] { serve(); });
     }
@@ -130,7 +69,7 @@ public:
         all_.erase(handle);
     }
 
-    size_t cache_bytes() const { return model.cache_bytes(); }
+    size_t cache_bytes() const { return model.cache_bytes() + (draft_ ? draft_->cache_bytes() : 0); }
 
 private:
     using Asking = std::vector<std::pair<std::shared_ptr<Sequence>, int>>;
@@ -150,8 +89,10 @@ private:
                     ended_.notify_all();
                     return;
                 }
-                plan(inputs, asking);
             }
+            // No lock: what follows changes nothing that a caller reads until its tokens are taken.
+            guess();
+            plan(inputs, asking);
             model.forward(inputs);
             std::vector<std::vector<int>> chosen;
             for (auto& [q, row] : asking) chosen.push_back(choose(*q, row));
@@ -179,18 +120,28 @@ private:
         }
     }
 
+    // What may come next of every sequence that writes, as far as the pass has room.
+    void guess() {
+        int room = s.batch - int(running_.size());
+        for (auto& q : running_) {
+            if (q->ids.empty()) continue;
+            q->wanted = std::min({s.guesses, room, q->most - int(q->ids.size()) - 1});
+            if (!draft_ && q->wanted) look_up(*q);
+            room -= draft_ ? q->wanted : int(q->guesses.size());
+        }
+        if (draft_) draft_->guess(running_);
+    }
+
     // Inputs of the next pass, and who asks for what comes next, with the first of its rows of logits. A guess is computed
     // in the same pass as what it depends on; if it was wrong, its place in the cache is written again.
     void plan(std::vector<Input>& inputs, Asking& asking) {
         inputs.clear(), asking.clear();
-        int rows = 0, room = s.batch - int(running_.size());
+        int rows = 0;
         for (auto& q : running_) {
             if (q->ids.empty()) continue;
-            guess(*q, std::min({s.guesses, room, q->most - int(q->ids.size()) - 1}));
-            room -= int(q->guesses.size());
             asking.push_back({q, rows});
-            inputs.push_back({q->ids.back(), q->slot, q->fed, rows++});
-            for (int i = 0; i < int(q->guesses.size()); i++) inputs.push_back({q->guesses[i], q->slot, q->fed + 1 + i, rows++});
+            for (int place = q->fed; place < q->length() + int(q->guesses.size()); place++)
+                inputs.push_back({q->at(place), q->slot, place, rows++});
         }
         for (auto& q : running_) {
             if (!q->ids.empty()) continue;
@@ -206,16 +157,12 @@ private:
     std::vector<int> choose(Sequence& q, int row) {
         std::vector<int> chosen;
         for (size_t i = 0; i <= q.guesses.size(); i++) {
-            const float* logits = model.row_of_logits(row + int(i));
-            int best = place_of_largest(logits, s.vocabulary);
-            if (!std::isfinite(logits[best]))
-                best = -1;
-            else if (q.temperature > 0)
-                best = sample(logits, s.vocabulary, q.temperature, q.top_p, uniform(q.seed, q.ids.size() + i));
-            chosen.push_back(best);
-            if (i == q.guesses.size() || best != q.guesses[i]) break;
+            chosen.push_back(q.next(model.row_of_logits(row + int(i)), s.vocabulary, int(i)));
+            if (i == q.guesses.size() || chosen.back() != q.guesses[i]) break;
         }
-        guessed += int64_t(q.guesses.size()), right += int64_t(chosen.size()) - 1;
+        int agreed = int(chosen.size()) - 1;
+        guessed += int64_t(q.guesses.size()), right += agreed;
+        q.drafted = std::min(q.drafted, q.length() + agreed);  // the draft has read wrong guesses beyond
         q.guesses.clear();
         return chosen;
     }
@@ -224,7 +171,7 @@ private:
         if (q.status >= FINISHED) return;  // it stopped within what was guessed
         if (id < 0) return end(q, NOT_FINITE);
         q.ids.push_back(id);
-        q.fed = int(q.prompt.size() + q.ids.size()) - 1;
+        q.fed = q.length() - 1;
         q.seconds.push_back(std::chrono::duration<double>(Clock::now() - q.sent).count());
         bool stops = std::find(q.stops.begin(), q.stops.end(), id) != q.stops.end();
         if (stops || int(q.ids.size()) == q.most) end(q, FINISHED);
@@ -237,7 +184,9 @@ private:
     }
 
     Shape s;
+    Team team;
     Model model;
+    std::optional<Draft> draft_;
     std::vector<int> free_;
     std::deque<std::shared_ptr<Sequence>> waiting_;
     std::vector<std::shared_ptr<Sequence>> running_;
@@ -269,9 +218,10 @@ const char* hasten_kernels() {
 #endif
 }
 
-Server* hasten_open(const hasten::Shape* shape) {
+// draft: of the same slots and batch; or null.
+Server* hasten_open(const hasten::Shape* shape, const hasten::Shape* draft) {
     try {
-        return new Server(*shape);
+        return new Server(*shape, draft);
     } catch (const std::bad_alloc&) {
         return nullptr;
     }
