@@ -36,6 +36,7 @@ from hasten.compression.identity import Identity
 from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
 from hasten.engine.base import Dtype, Engine, Request, Session
+from hasten.engine.compiled import Compiled
 from hasten.engine.eager import Eager
 from hasten.engine.llamacpp import Llamacpp
 from hasten.engine.native import Native
@@ -55,16 +56,18 @@ SHAPES = {
 METHODS: dict[str, Compressor] = {
     "float": Identity(),
     "int8": Rtn(bits=8, group_size=32),
+    "int8-rows": Rtn(bits=8, group_size=0),
     "int4": Rtn(bits=4, group_size=32),
 }
 FORMATS = {"float32": ("float", Dtype.float32), "bfloat16": ("float", Dtype.bfloat16)}  # others: the variant's own
 ENGINES: dict[str, type[Engine]] = {
+    "compiled": Compiled,
     "eager": Eager,
     "transformers": Transformers,
     "llamacpp": Llamacpp,
     "native": Native,
 }
-SEQUENTIAL = ("eager", "transformers")
+SEQUENTIAL = ("compiled", "eager", "transformers")
 
 
 @dataclass(frozen=True)
