@@ -58,6 +58,7 @@ SHAPES = {
 METHODS: dict[str, Compressor] = {
     "float": Identity(),
     "int8": Rtn(bits=8, group_size=32),
+    "int8-rows": Rtn(bits=8, group_size=0),
     "int4": Rtn(bits=4, group_size=32),
 }
 FORMATS = {"float32": ("float", Dtype.float32), "bfloat16": ("float", Dtype.bfloat16)}  # others: the variant's own
@@ -82,14 +83,9 @@ class Case:
     def kind(self) -> type[Engine]:
         return discover("engine")[self.engine]
 
-    @property
-    def batches(self) -> bool:
-        """Whether requests share its passes."""
-        return any(field.name == "slots" for field in fields(self.kind))
-
     def options(self) -> Engine:
         options: dict[str, Any] = {"weight_dtype": FORMATS.get(self.format, (None, Dtype.bfloat16))[1]}
-        if self.batches:
+        if any(field.name == "slots" for field in fields(self.kind)):
             options["slots"] = self.slots
         if self.format in CONVERTED:
             from hasten.engine.llamacpp.conversion import Conversion
@@ -166,7 +162,7 @@ def measure(case: Case, shape: str, folder: Path) -> Result | str:
         decode, prefill = alone(session, config)
         work = Work(config, session.weight_bytes_per_token, session.kv_bytes_per_position, session.arithmetic)
         kernel = session.kernel
-        if not case.batches:
+        if not case.kind.batches:
             return Result(decode, prefill, math.nan, kernel, work)
     with closing(replace(case, slots=USERS).options().load(variant, folder / "engines")) as session:
         return Result(decode, prefill, users(session, config), kernel, work)

@@ -16,11 +16,13 @@ from scipy.stats import chisquare
 
 from hasten.artifacts import Variant
 from hasten.engine.base import Dtype, Engine, Request, Session
+from hasten.engine.compiled import Compiled
 from hasten.engine.eager import Eager
 from hasten.engine.llamacpp import Llamacpp
 from hasten.engine.native import Native
 from hasten.engine.sampling import probabilities
 from hasten.engine.transformers import Transformers
+from hasten.engine.vllm import Vllm
 from hasten.errors import UserError
 from hasten.model.huggingface import load_network
 from tests.engine import llama
@@ -33,6 +35,7 @@ EXACT: dict[str, Any] = {
     "max_context": 256,
 }
 ENGINES: dict[str, Callable[..., Engine]] = {
+    "compiled": lambda **options: Compiled(**EXACT, **options),
     "eager": lambda **options: Eager(**EXACT, **options),
     "llamacpp": lambda **options: Llamacpp(**EXACT, **options),
     "native": lambda **options: Native(**EXACT, activation_dtype=Dtype.float32, **options),
@@ -40,9 +43,10 @@ ENGINES: dict[str, Callable[..., Engine]] = {
         **EXACT, activation_dtype=Dtype.float32, draft="draft", guesses=3, **options
     ),
     "transformers": lambda **options: Transformers(**EXACT, **options),
+    "vllm": lambda **options: Vllm(**EXACT, gpu_memory_utilization=0.2, capture=False, **options),
 }
-BATCHING = ("llamacpp", "native", "native with a draft")  # the others take one request after another
-NEEDS = {"llamacpp": "xllamacpp"}
+BATCHING = ("llamacpp", "native", "native with a draft", "vllm")  # the others take one request after another
+NEEDS = {"llamacpp": "xllamacpp", "vllm": "vllm"}
 NEAR_TIE = 0.01  # two logits closer than this may change places: sums are in another order
 Make = Callable[..., closing[Session]]
 

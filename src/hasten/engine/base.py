@@ -182,16 +182,21 @@ class Engine(ABC):
     devices: list[str] = field(default_factory=lambda: ["cpu"])
     parallel: Parallel = Parallel.none
 
+    batches: ClassVar[bool] = False
+    """Whether requests that run at the same time share a pass over the weights."""
     libraries: ClassVar[tuple[str, ...]] = ()
     """Distributions whose version decides this engine's speed."""
+    parallels: ClassVar[tuple[Parallel, ...]] = (Parallel.none,)
+    """The ways in which it spreads a model."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threads <= 4096:
             raise UserError(f"threads must be 0 (all cores) to 4096, got {self.threads}")
         if self.max_context < 2:
             raise UserError(f"max_context must be at least 2, got {self.max_context}")
-        if self.parallel is not Parallel.none:
-            raise UserError(f"parallel must be none for engine {self.name}, got {self.parallel.name}")
+        if self.parallel not in self.parallels:
+            known = " or ".join(kind.name for kind in self.parallels)
+            raise UserError(f"parallel must be {known} for engine {self.name}, got {self.parallel.name}")
 
     @classmethod
     def versions(cls) -> dict[str, str | None]:
@@ -210,6 +215,10 @@ class Engine(ABC):
     @abstractmethod
     def supports(self, variant: Variant) -> Support:
         """In which native format this engine runs `variant`, or why it cannot. Loads nothing."""
+
+    def reads(self, variant: Variant) -> Support:
+        """As `supports`, wherever the engine is installed."""
+        return self.supports(variant)
 
     @abstractmethod
     def load(self, variant: Variant, cache: Path) -> Session:

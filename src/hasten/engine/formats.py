@@ -1,4 +1,4 @@
-"""Which engine runs which grid natively, as a table: what every engine says when it is asked (`supports`).
+"""Which engine runs which grid natively, as a table: what every engine says when it is asked (`reads`).
 
 python -m hasten.engine.formats        # Markdown, as in docs/engines.md
 """
@@ -41,7 +41,7 @@ def answers() -> dict[str, dict[str, Support]]:
             write_json(folder / "manifest.json", {"schema": 1, "grid": Grid(*grid).describe() if grid else None})
             for engine, component in discover("engine").items():
                 assert issubclass(component, Engine)
-                found.setdefault(engine, {})[title] = component().supports(Variant(folder))
+                found.setdefault(engine, {})[title] = component().reads(Variant(folder))
     return found
 
 

@@ -8,7 +8,6 @@ loaded: right for comparing answers, labelled as such, and never a candidate for
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar
 from hasten.artifacts import Variant
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token
 from hasten.engine.sampling import probabilities
+from hasten.engine.torch_options import check_device, check_follows, prepare
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,13 +32,8 @@ class Eager(Engine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.devices) != 1 or not re.fullmatch(r"cpu|cuda(:\d+)?", self.devices[0]):
-            raise UserError(f"engine.devices must be one of [cpu], [cuda:0], got {self.devices}")
-        if self.activation_dtype not in (Dtype.auto, self.weights):
-            raise UserError(
-                f"engine.activation_dtype must be auto or {self.weights.name} (the weights' own) for eager, "
-                f"got {self.activation_dtype.name}"
-            )
+        check_device(self)
+        check_follows(self, self.weights, "activation_dtype")
 
     @property
     def weights(self) -> Dtype:
@@ -66,9 +61,7 @@ class Eager(Engine):
 
         from hasten.model.huggingface import load_network
 
-        if self.devices[0] != "cpu" and not torch.cuda.is_available():
-            raise UserError(f"engine.devices asks for {self.devices[0]}, this machine has no CUDA device")
-        torch.set_num_threads(self.thread_count)
+        prepare(self)
         start = time.perf_counter()
         model = load_network(variant, getattr(torch, self.weights.name)).eval().to(self.devices[0])
         session = EagerSession(self, model, str(self.supports(variant).native_format))

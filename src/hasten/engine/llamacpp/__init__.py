@@ -67,6 +67,7 @@ class Llamacpp(Engine):
     micro_batch: int = 512
     slots: int = 1
 
+    batches: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("xllamacpp",)
 
     def __post_init__(self) -> None:

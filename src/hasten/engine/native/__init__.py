@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant, digest, write_json
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token, built
@@ -58,6 +58,8 @@ class Native(Engine):
     slots: int = 1
     guesses: int = 0
     draft: str = ""
+
+    batches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,6 @@ is loaded as transformers loads it, which on a CPU means dequantised: labelled s
 
 from __future__ import annotations
 
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hasten.artifacts import Json, Variant
 from hasten.engine.base import Dtype, Engine, Request, Session, Support
 from hasten.engine.streaming import Flight, Stream
+from hasten.engine.torch_options import check_device, check_follows, prepare
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,14 +38,8 @@ class Transformers(Engine):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.devices) != 1 or not re.fullmatch(r"cpu|cuda(:\d+)?", self.devices[0]):
-            raise UserError(f"engine.devices must be one of [cpu], [cuda:0], got {self.devices}")
-        for name in ("activation_dtype", "kv_cache_dtype"):
-            if getattr(self, name) not in (Dtype.auto, self.weights):
-                raise UserError(
-                    f"engine.{name} must be auto or {self.weights.name} (the weights' own) for transformers, "
-                    f"got {getattr(self, name).name}"
-                )
+        check_device(self)
+        check_follows(self, self.weights, "activation_dtype", "kv_cache_dtype")
 
     @property
     def weights(self) -> Dtype:
@@ -67,14 +61,10 @@ class Transformers(Engine):
         return Support(native_format=self.weights.name)
 
     def load(self, variant: Variant, cache: Path) -> TransformersSession:
-        import torch
-
         support = self.supports(variant)
         if not support:
             raise UserError(f"transformers cannot run {variant.path.name}: {support.reason}")
-        if self.devices[0] != "cpu" and not torch.cuda.is_available():
-            raise UserError(f"engine.devices asks for {self.devices[0]}, this machine has no CUDA device")
-        torch.set_num_threads(self.thread_count)
+        prepare(self)
         return TransformersSession(self, variant, str(support.native_format))
 
     def describe(self) -> Json:
