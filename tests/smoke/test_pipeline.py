@@ -23,6 +23,7 @@ TRIALS = [
     "int8-llamacpp",
     "shallow-eager",
     "shallow-int4-llamacpp",
+    "small-int4-llamacpp",
 ]
 
 
@@ -68,7 +69,7 @@ def test_engines_agree_on_the_float_baseline(finished: Path) -> None:
 def test_mlflow_holds_one_run_per_stage_and_the_champion(finished: Path) -> None:
     names = [name for (name,) in query(finished, "select name from runs")]
     stages = ["prepare", "pretrain", "finetune", "select", "confirm", "report"]
-    variants = ["baseline", "int8", "shallow", "shallow-int4"]
+    variants = ["baseline", "int8", "shallow", "shallow-int4", "healed", "small", "small-int4"]
     expected = stages + [f"compress {name}" for name in variants] + [f"evaluate {name}" for name in TRIALS]
     assert sorted(names) == sorted(expected)
     assert query(finished, "select distinct status from runs") == [("FINISHED",)]

@@ -45,7 +45,6 @@ class Awq(Quantiser):
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Quantise every linear layer. Raises `UserError` on a quantised parent, another network, or without text."""
         from hasten.compression.shared.layerwise import walk
-        from hasten.compression.shared.rounding import untie
         from hasten.compression.shared.scaling import Clipping, Protecting, changed
 
         text, model = self.given(calibration), self.network(parent)
@@ -53,7 +52,7 @@ class Awq(Quantiser):
         scaled = Protecting(self.grid, self.powers)
         walk(model, text, scaled)
         tensors |= changed(model, tensors)
-        untie(model)
+        model.untie()
         work = Clipping(self.grid, self.scale, plain=UNCLIPPED)
         walk(model, text, work, head=self.head)
         return self.stored(config, tensors, work.integers, errors=work.errors, powers=scaled.powers)

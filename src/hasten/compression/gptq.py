@@ -49,11 +49,10 @@ class Gptq(Quantiser):
         """Quantise every linear layer. Raises `UserError` on a quantised parent, another network, or without text."""
         from hasten.compression.shared.compensation import Compensating
         from hasten.compression.shared.layerwise import walk
-        from hasten.compression.shared.rounding import untie
 
         text, model = self.given(calibration), self.network(parent)
         config, tensors = self.untied(parent)
-        untie(model)
+        model.untie()
         work = Compensating(self.grid, self.scale, damping=self.damping, act_order=self.act_order)
         walk(model, text, work, head=self.head)
         return self.stored(config, tensors, work.integers, errors=work.errors, damping_raised=work.raised)

@@ -33,13 +33,13 @@ class Qat(Recovery, Quantiser):
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Train on the grid. Raises `UserError` on a quantised parent or a width that does not fit."""
-        from hasten.compression.shared.straight_through import on_grid, untie
+        from hasten.compression.shared.straight_through import on_grid
         from hasten.model.grid import quantise
 
         text, student = self.given(calibration), self.network(parent)
         config, _ = self.untied(parent)
         if self.head:
-            untie(student)
+            student.untie()
         with on_grid(
             [module for name, module in student.named_modules() if self.quantises(f"{name}.weight")], self.grid
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +54,11 @@ class Network(nn.Module, ABC):
         """Make the head the embedding, if the shape says so."""
         if self.config.tied_head:
             self.lm_head.weight = self.model.get_parameter("embed_tokens.weight")
+
+    def untie(self) -> None:
+        """Give the head a matrix of its own, equal to the embedding it was."""
+        self.config = replace(self.config, tied_head=False)
+        self.lm_head.weight = nn.Parameter(self.lm_head.weight.detach().clone())
 
     @property
     def recompute(self) -> bool:

@@ -65,7 +65,7 @@ def accuracy(measurement: Json, unchanged: Json | None, task: str) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [rows[0], ["-"] * len(rows[0]), *rows[1:]]
+    lines = [rows[0], ["-"] * len(rows[0]), *([cell.replace("|", "\\|") for cell in row] for row in rows[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hasten.compression.shared.quantiser import nearest_scale
-from hasten.compression.shared.straight_through import on_grid, untie
+from hasten.compression.shared.straight_through import on_grid
 from hasten.model.grid import Grid, dequantise, quantise
 from tests.tiny import decoder, shape
 
@@ -31,7 +31,7 @@ def test_a_layer_computes_on_the_grid_and_the_weight_behind_gets_the_slope_of_th
 
 def test_a_head_of_its_own_starts_as_the_embedding_and_goes_its_own_way() -> None:
     model, tied = decoder(), decoder()
-    untie(model)
+    model.untie()
     assert not model.config.tied_head
     assert torch.equal(model(torch.arange(5)[None]), tied(torch.arange(5)[None]))
     with torch.no_grad():

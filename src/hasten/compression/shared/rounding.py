@@ -9,11 +9,10 @@ from __future__ import annotations
 from abc import abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hasten.compression.shared.layerwise import Group, Inputs, Summing
 from hasten.compression.shared.quantiser import Integers
-from hasten.model.decoder import Decoder
 from hasten.model.grid import Grid, dequantise
 
 
@@ -43,8 +42,3 @@ class Rounding(Summing):
 def output_error(difference: Tensor, gram: Tensor) -> float:
     """||X D^T||^2, summed over the text: difference D (out, in), gram X^T X (in, in)."""
     return float(((difference @ gram.to(difference.dtype)) * difference).sum(dtype=torch.float64))
-
-
-def untie(model: Decoder) -> None:
-    """Give a network a head of its own, so that rounding the head leaves the embedding alone."""
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())

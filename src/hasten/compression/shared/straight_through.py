@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hasten.compression.shared.quantiser import nearest_scale
-from hasten.model.decoder import Decoder
 from hasten.model.grid import Grid, dequantise, quantise
 
 
@@ -53,9 +51,3 @@ def on_grid(linears: Sequence[nn.Module], grid: Grid) -> Iterator[None]:
     yield
     for linear in linears:
         parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
-
-
-def untie(model: Decoder) -> None:
-    """Give the head a matrix of its own, equal to the embedding it was."""
-    model.config = replace(model.config, tied_head=False)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())

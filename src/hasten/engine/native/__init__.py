@@ -11,7 +11,7 @@ in it (speculative decoding): by what followed the last few tokens before, or by
 ahead.
 
     python pipelines/evaluate.py engine=native variant=int4 engine.slots=8
-    python pipelines/evaluate.py engine=native variant=int4 engine.draft=shallow-int8 engine.guesses=3
+    python pipelines/evaluate.py engine=native variant=int4 engine.draft=healed-int4 engine.guesses=3
 
 Built once per variant into `<cache>/native/<variant hash>-<weight_dtype>-<format>`.
 """
