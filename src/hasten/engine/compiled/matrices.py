@@ -57,7 +57,7 @@ class Int8(nn.Module):
         self.bias = None if bias is None else fixed(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.aten._weight_int8pack_mm(x, self.q, self.scale)
+        y: Tensor = torch.ops.aten._weight_int8pack_mm(x, self.q, self.scale)
         return y if self.bias is None else y + self.bias
 
 
@@ -75,7 +75,7 @@ class Int4(nn.Module):
         self.bias = None if bias is None else fixed(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales)[:, : self.rows]
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales)[:, : self.rows]
         return y if self.bias is None else y + self.bias
 
 
