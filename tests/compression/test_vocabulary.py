@@ -298,7 +298,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path, study: Study) -> None:
         Vocabulary(keep=99).compress(study.parent, study.counts, 0)
     with pytest.raises(UserError, match=r"compression\.keep must be below the parent's 320 tokens, got 320"):
         Vocabulary(keep=320).compress(study.parent, study.counts, 0)
-    with pytest.raises(UserError, match="below the parent's 320 tokens, got 0 and 320 that least_count=1 keeps"):
+    with pytest.raises(
+        UserError, match="least_count must leave fewer than the parent's 320 tokens, got 1, which keeps 320"
+    ):
         Vocabulary(multiple_of=320).compress(study.parent, study.counts, 0)
     with pytest.raises(UserError, match="vocabulary needs calibration text, got none"):
         Vocabulary().compress(study.parent, None, 0)

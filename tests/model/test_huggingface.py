@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hasten.artifacts import Checkpoint, Variant
+from hasten.artifacts import Checkpoint, Variant, read_json
 from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
 from hasten.errors import UserError
@@ -97,6 +97,18 @@ def test_the_licence_travels_from_what_a_checkpoint_was_made_from(tmp_path: Path
     assert not (child.path / "README.md").exists()
     save_checkpoint(tmp_path / "c", child.config, child.tensors(), child.path, {"kind": "checkpoint"})
     assert (tmp_path / "c" / "LICENSE.txt").is_file()
+
+
+def test_files_of_its_own_replace_inherited_ones(tmp_path: Path) -> None:
+    parent = write_checkpoint(tmp_path / "parent")
+    (parent.path / "tokenizer.model").write_bytes(b"stale")
+    save_checkpoint(tmp_path / "c", parent.config, parent.tensors(), parent.path, {"kind": "checkpoint"})
+    assert (tmp_path / "c" / "tokenizer.model").read_bytes() == b"stale"
+    files = {"tokenizer.json": {"mine": 1}, "tokenizer.model": None}
+    save_checkpoint(tmp_path / "d", parent.config, parent.tensors(), parent.path, {"kind": "checkpoint"}, files)
+    assert read_json(tmp_path / "d" / "tokenizer.json") == {"mine": 1}
+    assert not (tmp_path / "d" / "tokenizer.model").exists()
+    assert (tmp_path / "d" / "tokenizer_config.json").is_file()
 
 
 def test_saving_and_loading_changes_no_bit_and_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:

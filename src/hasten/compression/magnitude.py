@@ -1,8 +1,9 @@
 """Magnitude pruning: the smallest weights of each matrix become zero.
 
-The oldest idea (Han et al. 2015, arXiv:1506.02626) and the bar for every other: it looks at no data, and at half the
-weights it hurts a language model far more than `wanda` does, because a small weight on a large input matters. A study
-of accuracy alone: see `hasten.compression.shared.sparsity`.
+The oldest idea (Han et al. 2015, arXiv:1506.02626) and the bar for every other: it looks at no data. Of large language
+models half the weights cannot go that way, because some inputs are so large that small weights on them matter (Sun et
+al. 2023, arXiv:2306.11695: `wanda`); small ones may not show the difference. A study of accuracy alone: see
+`hasten.compression.shared.sparsity`.
 
     python pipelines/compress.py plan=default name=sparse parent=variants/baseline compression=magnitude
 """

@@ -87,8 +87,12 @@ class Vocabulary(Compressor):
             wanted = len(kept)
         wanted = -(-wanted // self.multiple_of) * self.multiple_of
         if wanted >= len(counts):
-            given = f"{self.keep}" if self.keep else f"0 and {wanted} that least_count={self.least_count} keeps"
-            raise UserError(f"compression.keep must be below the parent's {len(counts)} tokens, got {given}")
+            if self.keep:
+                raise UserError(f"compression.keep must be below the parent's {len(counts)} tokens, got {self.keep}")
+            raise UserError(
+                f"compression.least_count must leave fewer than the parent's {len(counts)} tokens, got "
+                f"{self.least_count}, which keeps {wanted}"
+            )
         for id_ in sorted(tokenizer.texts, key=lambda id_: (-counts[id_], id_)):
             if len(kept) == wanted:
                 break
