@@ -39,7 +39,9 @@ from hasten.engine.base import Dtype, Engine, Request, Session
 from hasten.engine.eager import Eager
 from hasten.engine.llamacpp import Llamacpp
 from hasten.engine.native import Native
+from hasten.engine.onnxruntime import Onnxruntime
 from hasten.engine.transformers import Transformers
+from hasten.errors import UserError
 from hasten.evaluation.conditions import Watch
 from hasten.evaluation.roofline import Work, decoding, prefilling
 from hasten.hardware import THREAD_VARIABLES, cores, cpu_count
@@ -62,6 +64,7 @@ ENGINES: dict[str, type[Engine]] = {
     "eager": Eager,
     "transformers": Transformers,
     "llamacpp": Llamacpp,
+    "onnxruntime": Onnxruntime,
     "native": Native,
 }
 SEQUENTIAL = ("eager", "transformers")
@@ -81,7 +84,7 @@ class Case:
         return FORMATS.get(self.format, (self.format, None))[0]
 
     def options(self) -> Engine:
-        dtype = FORMATS.get(self.format, (None, Dtype.bfloat16))[1]
+        dtype = FORMATS.get(self.format, (None, Dtype.auto))[1]
         options: dict[str, Any] = {} if self.engine in SEQUENTIAL else {"slots": self.slots}
         return ENGINES[self.engine](threads=self.threads, max_context=1024, weight_dtype=dtype, **options)
 
@@ -146,7 +149,10 @@ def users(session: Session, config: ModelConfig) -> float:
 def measure(case: Case, shape: str, folder: Path) -> Result | str:
     """In a process of its own: figures, or why there are none."""
     config, variant = SHAPES[shape], Variant(folder / case.variant)
-    engine = case.options()
+    try:
+        engine = case.options()
+    except UserError as error:
+        return str(error)
     support = engine.supports(variant)
     if not support or not support.native:
         return support.reason or f"{support.native_format} competes with nobody"

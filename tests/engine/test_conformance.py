@@ -40,7 +40,7 @@ ENGINES: dict[str, Callable[..., Engine]] = {
     "onnxruntime": lambda **options: Onnxruntime(**EXACT, **options),
     "transformers": lambda **options: Transformers(**EXACT, **options),
 }
-BATCHING = ("llamacpp", "native")  # the others take one request after another
+BATCHING = ("llamacpp", "native", "onnxruntime")  # the others take one request after another
 NEEDS = {"llamacpp": "xllamacpp", "onnxruntime": "onnxruntime"}
 NEAR_TIE = 0.01  # two logits closer than this may change places: sums are in another order
 Make = Callable[..., closing[Session]]

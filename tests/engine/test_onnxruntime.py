@@ -131,7 +131,8 @@ def test_logits_and_greedy_continuations_are_our_networks(tmp_path: Path, name: 
         with torch.inference_mode():
             expected = model(torch.tensor([asked]))[0]
         for start, end in ((0, 7), (7, 8), (8, 50), (50, 100)):
-            assert torch.allclose(engine.logits(asked[start:end], start), expected[end - 1], rtol=1e-3, atol=1e-3)
+            found_logits = engine.model.logits([asked[start:end]], [start])[0]
+            assert torch.allclose(found_logits, expected[end - 1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (8, 32), (8, 64), (4, 0), (4, 16), (4, 32), (4, 64)])
@@ -162,23 +163,42 @@ def loaded(tmp_path_factory: pytest.TempPathFactory, variant: Variant) -> Iterat
         yield one
 
 
-def test_prompts_are_read_a_micro_batch_at_a_time(
-    variant: Variant, loaded: OnnxruntimeSession, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lengths, logits = [], loaded.logits
-    monkeypatch.setattr(loaded, "logits", lambda ids, past: (lengths.append((len(ids), past)), logits(ids, past))[1])
+def test_prompts_are_read_a_micro_batch_at_a_time(loaded: OnnxruntimeSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, logits = [], loaded.model.logits
+
+    def recorded(rows: list[tuple[int, ...]], past: list[int], first: int = 0) -> Tensor:
+        lengths.append((len(rows[0]), past[0]))
+        return logits(rows, past, first)
+
+    monkeypatch.setattr(loaded.model, "logits", recorded)
     assert len(ids(loaded.submit(Request(0, prompt(40), 3)))) == 3
     assert lengths == [(16, 0), (16, 16), (8, 32), (1, 40), (1, 41)]
 
 
-def test_requests_at_once_are_answered_one_after_another(variant: Variant, loaded: OnnxruntimeSession) -> None:
+@pytest.mark.parametrize("slots", [1, 5])
+def test_sixty_four_at_once_get_the_answers_they_get_alone(tmp_path: Path, variant: Variant, slots: int) -> None:
+    """Of unequal lengths, so that they move into the gaps of others; in as many slots as there are."""
     model = load_network(variant).eval()
     requests = [Request(i, prompt(1 + 7 * i % 61, i), 5 + i % 20) for i in range(64)]
-    streams = [loaded.submit(request) for request in requests]
-    for request, stream in zip(requests, streams, strict=True):
-        found = ids(stream)
-        assert len(found) == request.max_tokens
-        assert far_from_best(model, request.prompt, found) < NEAR_TIE
+    with session(variant, tmp_path, slots=slots, micro_batch=24) as engine:
+        assert engine.memory()["kv_cache"] == slots * 256 * engine.kv_bytes_per_position
+        streams = [engine.submit(request) for request in requests]
+        answers = [list(stream) for stream in streams]
+    for request, tokens in zip(requests, answers, strict=True):
+        assert [token.request for token in tokens] == [request.id] * request.max_tokens
+        assert far_from_best(model, request.prompt, [token.id for token in tokens]) < NEAR_TIE
+    starts, ends = zip(*((tokens[0].seconds, tokens[-1].seconds) for tokens in answers), strict=True)
+    assert slots == 1 or any(starts[i + 1] < ends[i] for i in range(63))  # not one after the other
+
+
+def test_one_failure_is_told_to_its_readers_and_the_next_request_is_answered(
+    loaded: OnnxruntimeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ids(loaded.submit(Request(0, prompt(9), 5)))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="onnxruntime failed: no memory"):
+        patch.setattr(loaded.model, "logits", lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
+        list(loaded.submit(Request(1, prompt(9), 5)))
+    assert ids(loaded.submit(Request(2, prompt(9), 5))) == expected
 
 
 def test_a_session_closed_in_the_middle_ends_its_streams(tmp_path: Path, variant: Variant) -> None:
@@ -299,6 +319,7 @@ def test_a_corrupt_checkpoint_is_refused(tmp_path: Path, changes: dict[str, Tens
         ({"activation_dtype": Dtype.float16}, "engine.activation_dtype must be auto or float32 .* got float16"),
         ({"kv_cache_dtype": Dtype.float16}, "engine.kv_cache_dtype must be auto or float32 .* got float16"),
         ({"micro_batch": 0}, "engine.micro_batch must be 1 to 4096, got 0"),
+        ({"slots": 0}, "engine.slots must be 1 to 256, got 0"),
     ],
 )
 def test_options_are_checked_at_the_door(options: dict[str, Any], words: str) -> None:

@@ -4,37 +4,35 @@ A variant becomes an ONNX graph once (`hasten.engine.onnxruntime.graph`), its in
 (`blocks`), bit for bit. Those are multiplied as they lie: by default with activations that are rounded to 8 bits, a
 scale for each block (`accuracy_level` 4), or with float32 activations (level 1), for comparing answers.
 
-The loop over tokens is our own and needs `onnxruntime` alone: everything but the ids is bound once, past and present
-keys are the same memory, so a token costs one call of some ten microseconds beside the arithmetic. A prompt is read
-`micro_batch` tokens at a time. `onnxruntime-genai` would be a second wheel around that same call, with a search and a
-tokenizer that we do not want. Requests run one after another: the attention kernel's batch has one length.
+The loop over tokens is our own (`model` is one call of it) and needs `onnxruntime` alone; `onnxruntime-genai` would be
+a second wheel around that same call, with a search and a tokenizer that we do not want. Requests that run at the same
+time share the reading of the weights: each pass gives every one of them a token. Prompts go first, one by one.
 
-ONNX Runtime reports to its makers by default, which is switched off here before it is imported.
+ONNX Runtime reports to its makers by default, which is switched off before it is imported (`library`).
 
-    python pipelines/evaluate.py engine=onnxruntime variant=int4
+    python pipelines/evaluate.py engine=onnxruntime variant=int4 engine.slots=8
 """
 
 from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from hasten.artifacts import Json, Variant, read_json, write_json
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, built
-from hasten.engine.onnxruntime.library import rounds_activations, runtime
+from hasten.engine.onnxruntime.library import rounds_activations
+from hasten.engine.onnxruntime.model import Model
 from hasten.engine.sampling import probabilities
 from hasten.engine.streaming import Flight, Stream
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hasten.model.config import ModelConfig
+    from torch import Generator, Tensor
 
 
 @dataclass
@@ -42,10 +40,12 @@ class Onnxruntime(Engine):
     """Weights that a variant leaves in float and the KV cache are float32.
 
     activation_dtype: auto rounds to 8 bits before a product with integers; float32 rounds nothing, for comparing
-    answers. micro_batch: prompt tokens computed at a time.
+    answers. micro_batch: prompt tokens computed at a time. slots: requests that run at the same time, each with a
+    context of max_context.
     """
 
     micro_batch: int = 512
+    slots: int = 1
 
     libraries: ClassVar[tuple[str, ...]] = ("onnxruntime",)
 
@@ -61,6 +61,8 @@ class Onnxruntime(Engine):
                 )
         if not 1 <= self.micro_batch <= 4096:
             raise UserError(f"engine.micro_batch must be 1 to 4096, got {self.micro_batch}")
+        if not 1 <= self.slots <= 256:
+            raise UserError(f"engine.slots must be 1 to 256, got {self.slots}")
 
     def supports(self, variant: Variant) -> Support:
         from hasten.model.config import ModelConfig
@@ -128,126 +130,123 @@ class Onnxruntime(Engine):
 
     def describe(self) -> Json:
         types = dict.fromkeys(("weight_dtype", "kv_cache_dtype"), Dtype.float32.name)
-        return {**super().describe(), **types, "micro_batch": self.micro_batch}
+        return {**super().describe(), **types, "micro_batch": self.micro_batch, "slots": self.slots}
+
+
+@dataclass
+class Answer:
+    """A request that runs. past: its tokens that the cache holds. newest: what it drew last."""
+
+    flight: Flight
+    generator: Generator
+    past: int = 0
+    newest: int = 0
+
+    @property
+    def over(self) -> bool:
+        return self.flight.cancelled or self.flight.count >= self.flight.request.max_tokens
+
+    def take(self, logits: Tensor) -> None:
+        """Choose a token by its logits (vocabulary,)."""
+        import torch
+
+        flight, request = self.flight, self.flight.request
+        self.newest = int(logits.argmax())
+        if not logits[self.newest].isfinite():
+            flight.error = f"request {request.id}: the logits are not finite after {flight.count} tokens"
+            flight.cancelled = True
+            return
+        if request.temperature:
+            shares = probabilities(logits, request.temperature, request.top_p)
+            self.newest = int(torch.multinomial(shares, 1, generator=self.generator))
+        flight.arrived(self.newest, time.perf_counter() - flight.sent)
 
 
 class OnnxruntimeSession(Session):
-    """One request at a time, on a thread of its own; the KV cache is allocated once and overwritten by the next."""
+    """Requests side by side, on a thread of its own. `submit` may be called from several threads."""
 
     def __init__(self, engine: Onnxruntime, folder: Path, variant: Variant, native_format: str) -> None:
         from hasten.model.config_json import from_huggingface
         from hasten.model.cost import cost_of
 
-        self.config = config = from_huggingface(variant.config)
-        self.context, self.micro_batch = min(engine.max_context, config.context), engine.micro_batch
+        config = from_huggingface(variant.config)
+        self.context, self.vocabulary = min(engine.max_context, config.context), config.vocab_size
+        self.slots, self.micro_batch = engine.slots, engine.micro_batch
         self.kernel, self.arithmetic = native_format, engine.arithmetic(variant)
         self.weight_bytes_per_token = read_json(folder / "manifest.json")["weight_bytes_per_token"]
         self.kv_bytes_per_position = cost_of(config).kv_bytes(1, 4)
         self._weight_bytes = (folder / "weights.bin").stat().st_size
-        self._open(folder / "model.onnx", engine.thread_count)
+        self.model = Model(folder / "model.onnx", config, self.context, engine.slots, engine.thread_count)
         self._flights: set[Flight] = set()
+        self._waiting: deque[Flight] = deque()
+        self._running: list[Answer] = []  # by slot
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
-
-    def _open(self, path: Path, threads: int) -> None:
-        import numpy as np
-
-        ort = runtime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.enable_mem_pattern = False  # prompts have many lengths, and a pattern is kept for each
-        self._session: Any = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self._bound: Any = self._session.io_binding()
-        self._value = ort.OrtValue.ortvalue_from_numpy  # shares the array's memory
-        inputs = {"last": np.zeros(1, np.int32), "total": np.zeros((), np.int32), **angles(self.config, self.context)}
-        self._last, self._total = inputs["last"], inputs["total"]
-        self._logits = np.zeros((1, self.config.vocab_size), np.float32)
-        self._ids = np.zeros((1, 1), np.int64)
-        for name, array in inputs.items():
-            self._bound.bind_ortvalue_input(name, self._value(array))
-        self._bound.bind_ortvalue_output("logits", self._value(self._logits))
-        shape = (1, self.config.kv_heads, self.context, self.config.head_width)
-        for name in (f"{part}.{layer}" for layer in range(self.config.layers) for part in ("key", "value")):
-            cache = self._value(np.zeros(shape, np.float32))
-            self._bound.bind_ortvalue_input(f"past_{name}", cache)
-            self._bound.bind_ortvalue_output(f"present_{name}", cache)
-        self.logits((0,), 0)
-
-    def logits(self, ids: Sequence[int], past: int) -> Tensor:
-        """Logits after `ids`, which follow `past` tokens: (vocabulary,), overwritten by the next call."""
-        import numpy as np
-        import torch
-
-        if self._ids.shape[1] != len(ids) or not past:
-            self._ids = np.zeros((1, len(ids)), np.int64)
-            self._bound.bind_ortvalue_input("ids", self._value(self._ids))
-        self._ids[0], self._total[()], self._last[0] = ids, past + len(ids), past + len(ids) - 1
-        self._session.run_with_iobinding(self._bound)
-        return torch.from_numpy(self._logits[0])
 
     def submit(self, request: Request) -> Stream:
         """Raises `UserError` for ids outside the vocabulary and for more tokens than the context holds."""
-        if self._session is None:
+        if self.model.closed:
             raise RuntimeError("the session is closed")
-        request.check(self.context, self.config.vocab_size)
+        request.check(self.context, self.vocabulary)
         flight = Flight(request)
         self._flights.add(flight)
-        self._worker.submit(self._run, flight)
+        self._waiting.append(flight)
+        self._worker.submit(self._serve)
         return Stream(flight)
 
-    def _run(self, flight: Flight) -> None:
-        try:
-            self._generate(flight)
-        except Exception as error:  # whatever the library raises goes to the reader, who is on another thread
-            flight.error = flight.error or f"onnxruntime failed: {error}"
-        finally:
-            self._flights.discard(flight)
-            flight.finished.set()
+    def _serve(self) -> None:
+        """Until nobody is left: whoever waits gets a free slot and its prompt read, then all that run get a token."""
+        while self._waiting or self._running:
+            try:
+                while self._waiting and len(self._running) < self.slots:
+                    self._begin(self._waiting.popleft())
+                self._step()
+            except Exception as error:  # whatever the library raises goes to the readers, who are on other threads
+                for answer in self._running:
+                    answer.flight.error, answer.flight.cancelled = f"onnxruntime failed: {error}", True
+                self._sweep()
 
-    def _generate(self, flight: Flight) -> None:
+    def _begin(self, flight: Flight) -> None:
         import torch
 
-        request = flight.request
-        generator = torch.Generator().manual_seed(request.seed)
-        ids: Sequence[int] = request.prompt
-        past = 0
-        while not flight.cancelled and flight.count < request.max_tokens:
-            logits = self.logits(ids[: self.micro_batch], past)
-            past, ids = past + len(ids[: self.micro_batch]), ids[self.micro_batch :]
-            if ids:
-                continue
-            token = int(logits.argmax())
-            if not logits[token].isfinite():
-                flight.error = f"request {request.id}: the logits are not finite after {flight.count} tokens"
-                return
-            if request.temperature:
-                shares = probabilities(logits, request.temperature, request.top_p)
-                token = int(torch.multinomial(shares, 1, generator=generator))
-            flight.arrived(token, time.perf_counter() - flight.sent)
-            ids = (token,)
+        answer = Answer(flight, torch.Generator().manual_seed(flight.request.seed))
+        self._running.append(answer)
+        ids, slot = flight.request.prompt, len(self._running) - 1
+        while ids and not flight.cancelled:
+            part, ids = ids[: self.micro_batch], ids[self.micro_batch :]
+            logits = self.model.logits([part], [answer.past], slot)
+            answer.past += len(part)
+        if not flight.cancelled:
+            answer.take(logits[0])
+        self._sweep()
+
+    def _step(self) -> None:
+        """One token for each that runs, in one pass."""
+        if not self._running:
+            return
+        logits = self.model.logits([[a.newest] for a in self._running], [a.past for a in self._running])
+        for answer, row in zip(self._running, logits, strict=True):
+            answer.past += 1
+            if not answer.over:
+                answer.take(row)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Let go of those that are over; the last one moves into a gap, so that a pass has no idle rows."""
+        for slot in reversed(range(len(self._running))):
+            answer = self._running[slot]
+            if answer.over:
+                last = self._running.pop()
+                if last is not answer:
+                    self.model.move(len(self._running), slot, last.past)
+                    self._running[slot] = last
+                self._flights.discard(answer.flight)
+                answer.flight.finished.set()
 
     def memory(self) -> dict[str, int | None]:
-        return {"weights": self._weight_bytes, "kv_cache": self.context * self.kv_bytes_per_position}
+        return {"weights": self._weight_bytes, "kv_cache": self.slots * self.context * self.kv_bytes_per_position}
 
     def close(self) -> None:
         for flight in list(self._flights):
             flight.cancelled = True
         self._worker.shutdown(wait=True)
-        self._session = self._bound = None
-
-
-def angles(config: ModelConfig, context: int) -> dict[str, Any]:
-    """cos and sin of the rotary angles as the graph takes them, (S, D / 2), also those of sliding layers."""
-    import torch
-
-    from hasten.model.config import RopeScaling
-    from hasten.model.decoder import frequencies, rotary
-
-    kinds = {"": (config.rope_theta, config.rope_scaling)}
-    if config.sliding_layers and config.local_rope_theta:
-        kinds["local_"] = (config.local_rope_theta, RopeScaling())
-    found = {}
-    for prefix, (theta, scaling) in kinds.items():
-        tables = rotary(torch.arange(context), frequencies(config.head_width, theta, scaling))
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            found[f"{prefix}{name}"] = table[:, : config.head_width // 2].contiguous().numpy()
-    return found
+        self.model.close()

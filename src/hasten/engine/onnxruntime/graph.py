@@ -6,11 +6,13 @@ one product back, and a gated feed-forward. Nothing is left for an optimiser to 
 through the head. Angles come in as inputs, computed by our own network's code, and so does the KV cache:
 past and present are the same memory.
 
-Weights lie beside the graph, one after the other in `weights.bin`. Shapes: T new tokens, S the longest context.
+Weights lie beside the graph, one after the other in `weights.bin`. Shapes: B sequences, T new tokens of each, S the
+longest context.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +36,6 @@ ALIGNED = 4096
 INT8_ACTIVATIONS, FLOAT_ACTIVATIONS = 4, 1
 """`accuracy_level` of MatMulNBits."""
 
-
 Kind = tuple[int, list[int | str]]
 """An input's or output's element type (`onnx.TensorProto`) and shape."""
 
@@ -50,23 +51,18 @@ class Graph:
         self.read_per_token = 0
         """Weight bytes that one token reads, each in the form the kernels give it."""
 
-    def node(self, operator: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes: Any) -> list[str]:
-        """Add an operator; the names of its outputs. An input that is left out is an empty name."""
+    def node(self, operator: str, *inputs: str, also: Sequence[str] = (), domain: str = "", **attributes: Any) -> str:
+        """Add an operator; the name of its first output. also: names of further ones. What is left out has no name."""
         from onnx import helper
 
-        names = [f"{operator}.{len(self.nodes)}.{number}" for number in range(outputs)]
-        self.nodes.append(helper.make_node(operator, inputs, names, names[0], domain=domain, **attributes))
-        return names
-
-    def one(self, operator: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        return self.node(operator, *inputs, domain=domain, **attributes)[0]
+        name = f"{operator}.{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [name, *also], name, domain=domain, **attributes))
+        return name
 
     def tensor(self, name: str, values: Tensor) -> str:
         """Write a tensor behind those before it; its name."""
         import onnx
 
-        if name in self.initialisers:
-            return name
         proto = onnx.TensorProto(name=name, dims=values.shape, data_location=onnx.TensorProto.EXTERNAL)
         proto.data_type = onnx.TensorProto.UINT8 if values.dtype is torch.uint8 else onnx.TensorProto.FLOAT
         self.file.write(b"\0" * (-self.file.tell() % ALIGNED))
@@ -107,8 +103,8 @@ class Graph:
             return self.quantised(x, name, bias, sources)
         weight = torch.cat([self.floats(f"{s}.weight") for s in sources]).T
         self.read_per_token += weight.nbytes
-        y = self.one("MatMul", x, self.tensor(f"{name}.weight", weight))
-        return self.one("Add", y, bias) if bias else y
+        y = self.node("MatMul", x, self.tensor(f"{name}.weight", weight))
+        return self.node("Add", y, bias) if bias else y
 
     def quantised(self, x: str, name: str, bias: str, sources: tuple[str, ...]) -> str:
         if self.grid is None:
@@ -118,11 +114,13 @@ class Graph:
         rows, columns = q.shape
         block = block_size(self.grid.group_size, columns)
         weight, by_block = packed(q, self.grid.bits, block), scales(scale, columns, block)
-        # With rounded activations a block's sum, which takes the zero point out again, is read beside its scale.
-        per_block = 2 if self.accuracy_level == INT8_ACTIVATIONS else 1
-        self.read_per_token += weight.nbytes + by_block.nbytes * per_block
+        self.read_per_token += weight.nbytes + by_block.nbytes
+        if self.accuracy_level == INT8_ACTIVATIONS:
+            self.read_per_token += by_block.nbytes  # of each block the sum, too, which takes the zero point out again
+        elif self.grid.bits == 8:
+            self.read_per_token += 4 * q.numel()  # there is no kernel: dequantised, and then read
         inputs = [x, self.tensor(f"{name}.weight", weight), self.tensor(f"{name}.scales", by_block)]
-        return self.one("MatMulNBits", *inputs, *(("", "", bias) if bias else ()), domain=MICROSOFT, N=rows, K=columns,
+        return self.node("MatMulNBits", *inputs, *(("", "", bias) if bias else ()), domain=MICROSOFT, N=rows, K=columns,
                         bits=self.grid.bits, block_size=block, accuracy_level=self.accuracy_level)  # fmt: skip
 
     def save(self, inputs: dict[str, Kind], outputs: dict[str, Kind]) -> None:
@@ -155,10 +153,10 @@ class Layers:
         weight = self.graph.vector(f"{name}.weight", 1.0 if self.config.offset_norms else 0.0)
         epsilon = self.config.norm_epsilon
         if not added:
-            return self.graph.one("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon), x
-        normed, _, _, total = self.graph.node("SkipSimplifiedLayerNormalization", x, added, weight, outputs=4,
-                                              domain=MICROSOFT, epsilon=epsilon)  # fmt: skip
-        return normed, total
+            return self.graph.node("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon), x
+        total = f"{name}.sum"
+        return self.graph.node("SkipSimplifiedLayerNormalization", x, added, weight, also=("", "", total),
+                               domain=MICROSOFT, epsilon=epsilon), total  # fmt: skip
 
     def post_norm(self, x: str, name: str) -> str:
         return self.norm(x, name)[0] if self.config.post_norms else x
@@ -180,46 +178,45 @@ class Layers:
         else:
             q, k, v = self.graph.linear(x, *parts), "", ""
         local = "local_" if config.slides(layer) and config.local_rope_theta else ""
-        past = [f"past_{part}.{layer}" for part in ("key", "value")]
+        past, present = ([f"{when}_{part}.{layer}" for part in ("key", "value")] for when in ("past", "present"))
         y = self.graph.node(
-            "GroupQueryAttention", q, k, v, *past, "last", "total", f"{local}cos", f"{local}sin", outputs=3,
+            "GroupQueryAttention", q, k, v, *past, "last", "total", f"{local}cos", f"{local}sin", also=present,
             domain=MICROSOFT, num_heads=config.heads, kv_num_heads=config.kv_heads, scale=config.score_scale,
             do_rotary=1, local_window_size=config.sliding_window if config.slides(layer) else -1,
-        )[0]  # fmt: skip
-        self.graph.nodes[-1].output[1:] = [f"present_{part}.{layer}" for part in ("key", "value")]
+        )  # fmt: skip
         return self.graph.linear(y, f"{base}.o_proj")
 
     def head_norm(self, x: str, name: str) -> str:
-        """(1, T, heads * D), each head normalised."""
+        """(B, T, heads * D), each head normalised."""
         split = self.graph.constant("split", [0, 0, -1, self.config.head_width])
-        heads = self.graph.one("Reshape", x, split)
-        return self.graph.one("Reshape", self.norm(heads, name)[0], self.graph.constant("joined", [0, 0, -1]))
+        heads = self.graph.node("Reshape", x, split)
+        return self.graph.node("Reshape", self.norm(heads, name)[0], self.graph.constant("joined", [0, 0, -1]))
 
     def feed_forward(self, base: str, x: str) -> str:
         gate, up = (self.graph.linear(x, f"{base}.{part}_proj") for part in ("gate", "up"))
         if self.config.activation is Activation.silu:
-            gate = self.graph.one("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)  # x * sigmoid(x)
+            gate = self.graph.node("QuickGelu", gate, domain=MICROSOFT, alpha=1.0)  # x * sigmoid(x)
         else:
-            gate = self.graph.one("Gelu", gate, approximate="tanh")
-        return self.graph.linear(self.graph.one("Mul", gate, up), f"{base}.down_proj")
+            gate = self.graph.node("Gelu", gate, approximate="tanh")
+        return self.graph.linear(self.graph.node("Mul", gate, up), f"{base}.down_proj")
 
     def embedded(self) -> str:
         table = self.graph.floats("model.embed_tokens.weight")
         self.graph.read_per_token += table[0].nbytes
-        x = self.graph.one("Gather", self.graph.tensor("model.embed_tokens.weight", table), "ids")
+        x = self.graph.node("Gather", self.graph.tensor("model.embed_tokens.weight", table), "ids")
         if self.config.embedding_scale:
-            x = self.graph.one("Mul", x, self.graph.constant("embedding_scale", self.config.hidden_size**0.5))
+            x = self.graph.node("Mul", x, self.graph.constant("embedding_scale", self.config.hidden_size**0.5))
         return x
 
     def head(self, x: str, added: str) -> str:
-        """Logits of the last position, (1, vocabulary): a matrix of its own, or the embedding as it lies."""
+        """Logits of the last position, (B, vocabulary): a matrix of its own, or the embedding as it lies."""
         graph, last = self.graph, self.graph.constant("newest", -1)
-        x, added = (graph.one("Gather", value, last, axis=1) for value in (x, added))
+        x, added = (graph.node("Gather", value, last, axis=1) for value in (x, added))
         normed, _ = self.norm(x, "model.norm", added)
         if "lm_head.weight_packed" in graph.tensors or "lm_head.weight" in graph.tensors:
             return graph.linear(normed, "lm_head")
         graph.read_per_token += graph.tensors["model.embed_tokens.weight"].numel() * 4
-        return graph.one("Gemm", normed, "model.embed_tokens.weight", transB=1)
+        return graph.node("Gemm", normed, "model.embed_tokens.weight", transB=1)
 
 
 def write(config: ModelConfig, tensors: dict[str, Tensor], grid: Grid | None, accuracy_level: int, folder: Path) -> int:
@@ -233,14 +230,14 @@ def write(config: ModelConfig, tensors: dict[str, Tensor], grid: Grid | None, ac
         x, added = layers.block(layer, x, added)
     layers.head(x, added)
     graph.nodes[-1].output[0] = "logits"
-    cache: Kind = (TensorProto.FLOAT, [1, config.kv_heads, "S", config.head_width])
+    cache: Kind = (TensorProto.FLOAT, ["B", config.kv_heads, "S", config.head_width])
     angles: Kind = (TensorProto.FLOAT, ["S", config.head_width // 2])
     local = ("local_cos", "local_sin") if config.sliding_layers and config.local_rope_theta else ()
     caches = [f"{part}.{layer}" for layer in range(config.layers) for part in ("key", "value")]
     inputs: dict[str, Kind] = {
-        "ids": (TensorProto.INT64, [1, "T"]), "last": (TensorProto.INT32, [1]), "total": (TensorProto.INT32, []),
+        "ids": (TensorProto.INT64, ["B", "T"]), "last": (TensorProto.INT32, ["B"]), "total": (TensorProto.INT32, []),
         **dict.fromkeys(("cos", "sin", *local), angles), **{f"past_{name}": cache for name in caches},
     }  # fmt: skip
-    logits: Kind = (TensorProto.FLOAT, [1, config.vocab_size])
+    logits: Kind = (TensorProto.FLOAT, ["B", config.vocab_size])
     graph.save(inputs, {"logits": logits, **{f"present_{name}": cache for name in caches}})
     return graph.read_per_token
