@@ -37,6 +37,7 @@ from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
 from hasten.config import discover
 from hasten.engine.base import Dtype, Engine, Request, Session
+from hasten.errors import UserError
 from hasten.evaluation.conditions import Watch
 from hasten.evaluation.roofline import Work, decoding, prefilling
 from hasten.hardware import THREAD_VARIABLES, cores, cpu_count
@@ -84,7 +85,7 @@ class Case:
         return discover("engine")[self.engine]
 
     def options(self) -> Engine:
-        options: dict[str, Any] = {"weight_dtype": FORMATS.get(self.format, (None, Dtype.bfloat16))[1]}
+        options: dict[str, Any] = {"weight_dtype": FORMATS.get(self.format, (None, Dtype.auto))[1]}
         if any(field.name == "slots" for field in fields(self.kind)):
             options["slots"] = self.slots
         if self.format in CONVERTED:
@@ -154,7 +155,10 @@ def users(session: Session, config: ModelConfig) -> float:
 def measure(case: Case, shape: str, folder: Path) -> Result | str:
     """In a process of its own: figures, or why there are none."""
     config, variant = SHAPES[shape], Variant(folder / case.variant)
-    engine = case.options()
+    try:
+        engine = case.options()
+    except UserError as error:
+        return str(error)
     support = engine.supports(variant)
     if not support or not support.native:
         return support.reason or f"{support.native_format} competes with nobody"

@@ -20,6 +20,7 @@ from hasten.engine.compiled import Compiled
 from hasten.engine.eager import Eager
 from hasten.engine.llamacpp import Llamacpp
 from hasten.engine.native import Native
+from hasten.engine.onnxruntime import Onnxruntime
 from hasten.engine.sampling import probabilities
 from hasten.engine.transformers import Transformers
 from hasten.engine.vllm import Vllm
@@ -42,11 +43,12 @@ ENGINES: dict[str, Callable[..., Engine]] = {
     "native with a draft": lambda **options: Native(
         **EXACT, activation_dtype=Dtype.float32, draft="draft", guesses=3, **options
     ),
+    "onnxruntime": lambda **options: Onnxruntime(**EXACT, **options),
     "transformers": lambda **options: Transformers(**EXACT, **options),
     "vllm": lambda **options: Vllm(**EXACT, gpu_memory_utilization=0.2, capture=False, **options),
 }
-BATCHING = ("llamacpp", "native", "native with a draft", "vllm")  # the others take one request after another
-NEEDS = {"llamacpp": "xllamacpp", "vllm": "vllm"}
+BATCHING = ("llamacpp", "native", "native with a draft", "onnxruntime", "vllm")  # the others: one after another
+NEEDS = {"llamacpp": "xllamacpp", "onnxruntime": "onnxruntime", "vllm": "vllm"}
 NEAR_TIE = 0.01  # two logits closer than this may change places: sums are in another order
 Make = Callable[..., closing[Session]]
 
