@@ -39,6 +39,7 @@ from hasten.engine.base import Dtype, Engine, Request, Session
 from hasten.engine.eager import Eager
 from hasten.engine.llamacpp import Llamacpp
 from hasten.engine.native import Native
+from hasten.engine.openvino import Openvino
 from hasten.engine.transformers import Transformers
 from hasten.evaluation.conditions import Watch
 from hasten.evaluation.roofline import Work, decoding, prefilling
@@ -63,6 +64,7 @@ ENGINES: dict[str, type[Engine]] = {
     "transformers": Transformers,
     "llamacpp": Llamacpp,
     "native": Native,
+    "openvino": Openvino,
 }
 SEQUENTIAL = ("eager", "transformers")
 

@@ -19,6 +19,7 @@ from hasten.engine.base import Dtype, Engine, Request, Session
 from hasten.engine.eager import Eager
 from hasten.engine.llamacpp import Llamacpp
 from hasten.engine.native import Native
+from hasten.engine.openvino import Openvino
 from hasten.engine.sampling import probabilities
 from hasten.engine.transformers import Transformers
 from hasten.errors import UserError
@@ -36,10 +37,11 @@ ENGINES: dict[str, Callable[..., Engine]] = {
     "eager": lambda **options: Eager(**EXACT, **options),
     "llamacpp": lambda **options: Llamacpp(**EXACT, **options),
     "native": lambda **options: Native(**EXACT, activation_dtype=Dtype.float32, **options),
+    "openvino": lambda **options: Openvino(**EXACT, activation_dtype=Dtype.float32, **options),
     "transformers": lambda **options: Transformers(**EXACT, **options),
 }
-BATCHING = ("llamacpp", "native")  # the others take one request after another
-NEEDS = {"llamacpp": "xllamacpp"}
+BATCHING = ("llamacpp", "native", "openvino")  # the others take one request after another
+NEEDS = {"llamacpp": "xllamacpp", "openvino": "openvino"}
 NEAR_TIE = 0.01  # two logits closer than this may change places: sums are in another order
 Make = Callable[..., closing[Session]]
 
