@@ -69,7 +69,7 @@ def matrices(draw: st.DrawFn) -> tuple[Grid, torch.Tensor, torch.Tensor]:
     """A grid, and integers and scales on it."""
     bits, group = draw(st.sampled_from((4, 8))), draw(st.sampled_from((0, 8, 16, 32, 64, 128)))
     rows, groups = draw(st.integers(1, 40)), draw(st.integers(1, 5))
-    columns = groups * group or draw(st.integers(1, 200))
+    columns = groups * group or draw(st.integers(1, 100)) * (2 if bits == 4 else 1)
     grid, generator = Grid(bits, group), torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     q = torch.randint(grid.lowest, grid.highest + 1, (rows, columns), generator=generator).to(torch.int8)
     scale = torch.rand((rows, grid.groups(columns)), generator=generator).bfloat16().float() / 8 + 2**-8
@@ -80,9 +80,9 @@ def graph_of(grid: Grid, q: torch.Tensor, scale: torch.Tensor) -> Graph:
     return Graph(llama.shape(), stored("m", q, scale, grid), grid, "float32")
 
 
-def outputs(node: Any, inputs: list[Any], *values: Any) -> Any:
+def outputs(node: Any, inputs: list[Any], *values: Any, rounded: int = 0) -> Any:
     """What a graph computes, as a session would compile it."""
-    properties = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    properties = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": rounded}
     compiled = runtime().Core().compile_model(runtime().Model([node], inputs, "test"), "CPU", properties)
     return compiled(list(values))[0]
 
@@ -96,18 +96,22 @@ def test_integers_and_scales_reach_the_graph_bit_for_bit(matrix: tuple[Grid, tor
     assert graph_of(*matrix).grid == grid
 
 
-@settings(max_examples=40, deadline=None)
-@given(matrices(), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+@given(matrices(), st.integers(1, 40), st.sampled_from((0, 32)))
 def test_products_with_compressed_weights_are_right(
-    matrix: tuple[Grid, torch.Tensor, torch.Tensor], tokens: int
+    matrix: tuple[Grid, torch.Tensor, torch.Tensor], tokens: int, rounded: int
 ) -> None:
-    _, q, scale = matrix
+    """Activations are rounded by half a step of 127 in their group's largest, or not at all."""
+    grid, q, scale = matrix
     graph = graph_of(*matrix)
     x = graph.ops.parameter([-1, 1, q.shape[1]], runtime().Type.f32)
     values = torch.randn((tokens, 1, q.shape[1]), generator=torch.Generator().manual_seed(tokens))
-    found = outputs(graph.linear(x, "m", *q.shape), [x], values.numpy())
-    expected = values.double() @ dequantise(q, scale).double().T
-    assert float((torch.from_numpy(np.array(found)) - expected).abs().max()) < 1e-5 * float(expected.abs().max()) + 1e-4
+    rounded = 0 if 0 < grid.group_size < rounded else rounded
+    found = outputs(graph.linear(x, "m", *q.shape), [x], values.numpy(), rounded=rounded)
+    weight = dequantise(q, scale).double()
+    step = float(values.abs().max()) / 254 if rounded else 0.0
+    allowed = 1.02 * step * weight.abs().sum(-1) + 1e-5 * float(weight.abs().max()) * q.shape[1]
+    assert bool(((torch.from_numpy(np.array(found)) - values.double() @ weight.T).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("name", [*llama.CASES, "mistral-slides"])
@@ -277,15 +281,6 @@ def test_what_the_library_raises_reaches_the_reader_and_the_next_request_is_answ
     assert len(ids(loaded.submit(Request(0, prompt(4), 3)))) == 3
 
 
-def test_the_build_is_kept_and_another_dtype_is_another_one(tmp_path: Path) -> None:
-    variant = llama.variant(tmp_path / "v", llama.shape())
-    low, full = (Openvino(weight_dtype=dtype).build(variant, tmp_path) for dtype in (Dtype.auto, Dtype.float32))
-    assert (low / "model.bin").stat().st_size < (full / "model.bin").stat().st_size
-    before = (full / "model.bin").stat().st_mtime_ns
-    assert Openvino(weight_dtype=Dtype.float32).build(variant, tmp_path) == full
-    assert (full / "model.bin").stat().st_mtime_ns == before
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -310,6 +305,8 @@ def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path, monkeypat
     assert "activation_group must be at most group_size (16), got 32" in str(Openvino().supports(small).reason)
     assert Openvino(activation_group=16).supports(small)
     assert Openvino(activation_dtype=Dtype.float32).supports(small).native_format == "int8 group 16"
+    lopsided = llama.variant(tmp_path / "lopsided", llama.shape(feed_forward_size=77))
+    assert "4-bit rows of an even length" in str(Openvino().supports(quantised(lopsided, 4, 0)).reason)
     half = Openvino(weight_dtype=Dtype.float32, kv_cache_dtype=Dtype.bfloat16)
     assert "must be auto or float16 or float32, got bfloat16" in str(half.supports(plain).reason)
     with pytest.raises(UserError, match="openvino cannot run v: beside float32 activations"):

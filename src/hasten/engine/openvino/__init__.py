@@ -1,10 +1,10 @@
 """OpenVINO: Intel's compiler and kernels for its own and other x86-64 processors, in this process.
 
 The decoder is written as a graph of its own (`hasten.engine.openvino.graph`) from a variant's integers, which stay
-compressed in memory, and kept as `<cache>/openvino/<variant hash>-<weight_dtype>-<release>-<format>/model.xml`; the
-plugin compiles it at every load. Paged attention lets requests share a pass (`slots`), and what a pass computes is
-decided here (`hasten.engine.openvino.passes`), as is the next token: logits are at hand, so that seeds draw the same
-tokens again and a number that is not finite never passes for an answer.
+compressed in memory, and compiled by the plugin at every load (no file of OpenVINO's can hold paged attention). That
+lets requests share a pass (`slots`); what a pass computes is decided here (`hasten.engine.openvino.passes`), as is the
+next token: logits are at hand, so that seeds draw the same tokens again and a number that is not finite never passes
+for an answer.
 
 OpenVINO's defaults trade answers for speed without a word: bfloat16 between products, a KV cache of 8 bits,
 activations rounded to 8 bits. Here each is an option or off, and recorded; `activation_dtype=float32` rounds nothing.
@@ -23,9 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from hasten.artifacts import Json, Variant, read_json, write_json
-from hasten.engine.base import Dtype, Engine, Request, Session, Support, built
-from hasten.engine.openvino.graph import BLOCK, FORMAT, RELEASE, Graph, describe_heads
+from hasten.artifacts import Json, Variant
+from hasten.engine.base import Dtype, Engine, Request, Session, Support
+from hasten.engine.openvino.graph import BLOCK, RELEASE, Graph
 from hasten.engine.openvino.runtime import cache_for, kernels, properties, runtime
 from hasten.engine.streaming import Flight, Stream
 from hasten.errors import UserError
@@ -33,6 +33,7 @@ from hasten.hardware import cpu_flags
 
 if TYPE_CHECKING:
     from hasten.engine.openvino.passes import Pass, Sequence
+    from hasten.model.config import ModelConfig
 
 GROUPS = (0, 16, 32, 64, 128, 256)
 CACHES = {Dtype.float32: (Dtype.float16, Dtype.float32), Dtype.bfloat16: (Dtype.bfloat16,)}
@@ -117,33 +118,26 @@ class Openvino(Engine):
                 reason=f"beside {self.activations(grid).name} activations kv_cache_dtype must be auto or "
                 f"{' or '.join(dtype.name for dtype in kept)}, got {self.kv_cache_dtype.name}"
             )
-        return self._supports_grid(grid) if grid else Support(native_format=self.weights.name)
+        return self._supports_grid(grid, shape) if grid else Support(native_format=self.weights.name)
 
-    def _supports_grid(self, grid: Json) -> Support:
+    def _supports_grid(self, grid: Json, shape: ModelConfig) -> Support:
         bits, group = grid["bits"], grid["group_size"]
         if "avx2" not in cpu_flags():
             return Support(reason="OpenVINO multiplies compressed weights on x86-64 with AVX2")
         if group & (group - 1):
             return Support(reason=f"OpenVINO's kernels are right for groups of a power of two, got group_size {group}")
+        if bits == 4 and (shape.hidden_size % 2 or shape.feed_forward_size % 2):
+            return Support(reason="OpenVINO's kernels are right for 4-bit rows of an even length: hidden_size and "
+                           f"feed_forward_size are {shape.hidden_size} and {shape.feed_forward_size}")  # fmt: skip
         if group and self.rounded(grid) > group:
             return Support(reason=f"activation_group must be at most group_size ({group}), got {self.activation_group}")
         return Support(native_format=f"int{bits} group {group}" if group else f"int{bits} per channel")
-
-    def build(self, variant: Variant, cache: Path) -> Path:
-        """The folder that holds the graph and its facts; written once, then found again."""
-        folder = cache / "openvino" / f"{variant.hash}-{self.weights.name}-{RELEASE}-{FORMAT}"
-        return built(folder, lambda temporary: write(variant, self.weights, temporary))
 
     def load(self, variant: Variant, cache: Path) -> OpenvinoSession:
         support = self.supports(variant)
         if not support:
             raise UserError(f"openvino cannot run {variant.path.name}: {support.reason}")
-        start = time.perf_counter()
-        folder = self.build(variant, cache)
-        build_seconds = time.perf_counter() - start
-        session = OpenvinoSession(self, folder, variant)
-        session.compile_seconds += build_seconds
-        return session
+        return OpenvinoSession(self, variant)
 
     def describe(self) -> Json:
         own = {"activation_group": self.activation_group, "micro_batch": self.micro_batch, "slots": self.slots}
@@ -155,37 +149,25 @@ def has_bfloat16() -> bool:
     return bool({"avx512_bf16", "amx_bf16"} & {*cpu_flags()})
 
 
-def write(variant: Variant, dtype: Dtype, folder: Path) -> None:
-    """Write `variant` as an OpenVINO graph: `model.xml`, `model.bin` and what a session wants to know."""
-    from hasten.model.config_json import from_huggingface
-    from hasten.model.huggingface import grid_of
-
-    graph = Graph(from_huggingface(variant.config), variant.tensors(), grid_of(variant), dtype.name)
-    runtime().save_model(graph.model(), folder / "model.xml", compress_to_fp16=False)
-    facts = {"weight_bytes": graph.bytes, "weight_bytes_per_token": graph.bytes_per_token}
-    write_json(folder / "manifest.json", {"schema": 1, "kind": "openvino", **facts})
-
-
 class OpenvinoSession(Session):
     """A compiled graph and a thread that makes its passes. `submit` may be called from several threads."""
 
-    def __init__(self, engine: Openvino, folder: Path, variant: Variant) -> None:
+    def __init__(self, engine: Openvino, variant: Variant) -> None:
         from hasten.model.config_json import from_huggingface
+        from hasten.model.huggingface import grid_of
 
         start = time.perf_counter()
         config, grid = from_huggingface(variant.config), variant.manifest.get("grid")
-        facts = read_json(folder / "manifest.json")
-        core = runtime().Core()
-        model = core.read_model(folder / "model.xml")
-        describe_heads(model, config)
+        graph = Graph(config, variant.tensors(), grid_of(variant), engine.weights.name)
+        model = graph.model()
         ready = time.perf_counter()
-        compiled = core.compile_model(model, "CPU", properties(engine, grid))
+        compiled = runtime().Core().compile_model(model, "CPU", properties(engine, grid))
         self.compile_seconds = time.perf_counter() - ready
         self.context, self.vocabulary = min(engine.max_context, config.context), config.vocab_size
         rounded = engine.rounded(grid)
         self.kernel = f"{kernels(compiled)}{f', activations in int8 groups of {rounded}' if rounded else ''}"
         self.arithmetic = "int8" if rounded else engine.activations(grid).name
-        self.weight_bytes_per_token, self._weight_bytes = facts["weight_bytes_per_token"], facts["weight_bytes"]
+        self.weight_bytes_per_token, self._weight_bytes = graph.bytes_per_token, graph.bytes
         self._blocks, self._most = -(-self.context // BLOCK), engine.micro_batch
         self._request: Any = compiled.create_infer_request()
         self._caches = {port.any_name: cache_for(port, engine.slots * self._blocks)

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from hasten.model.grid import Grid
 
-FORMAT = 1
-"""Part of the cache key: raise it when the same variant would become another graph."""
 RELEASE = "2026.4"
 """The release of OpenVINO whose PagedAttention has the inputs of `attention`."""
 BLOCK = 32
@@ -204,6 +202,9 @@ class Graph:
         arguments = [q, k, v, *caches, *self.sequences, self.number(config.score_scale), window, no_slopes,
                      self.longest, *unused]  # fmt: skip
         attended = self.openvino.op._PagedAttentionExtension([node.output(0) for node in arguments])
+        facts = attended.get_rt_info()
+        facts["num_k_heads"] = facts["num_v_heads"] = config.kv_heads
+        facts["k_head_size"] = facts["v_head_size"] = config.head_width
         shaped = ops.reshape(attended.output(0), self.integers(0, 1, inner), True)
         return self.linear(shaped, f"{base}.o_proj", hidden, inner)
 
@@ -251,12 +252,3 @@ def checked(name: str, values: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not bool(values.isfinite().all()):
         raise UserError(f"{name} holds NaN or infinite values")
     return values
-
-
-def describe_heads(model: Any, config: ModelConfig) -> None:
-    """Tell the plugin of heads and their width, which the file of a graph does not keep."""
-    for node in model.get_ops():
-        if node.get_type_name() == "PagedAttentionExtension":
-            facts = node.get_rt_info()
-            facts["num_k_heads"] = facts["num_v_heads"] = config.kv_heads
-            facts["k_head_size"] = facts["v_head_size"] = config.head_width
