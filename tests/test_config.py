@@ -186,7 +186,16 @@ def test_components_are_found_by_their_modules_name() -> None:
     assert camel_case("question_type") == "QuestionType"
     found = {axis: discover(axis) for axis in AXES}
     assert {"identity", "rtn", "depth", "gptq", "distill", "vocabulary"} <= found["compression"].keys()
-    assert found["engine"].keys() == {"compiled", "eager", "llamacpp", "native", "onnxruntime", "openvino", "transformers", "vllm"}
+    assert found["engine"].keys() == {
+        "compiled",
+        "eager",
+        "llamacpp",
+        "native",
+        "onnxruntime",
+        "openvino",
+        "transformers",
+        "vllm",
+    }
     for axis, components in found.items():
         assert components, axis
         for name, component in components.items():

@@ -21,6 +21,7 @@ from hasten.engine.eager import Eager
 from hasten.engine.llamacpp import Llamacpp
 from hasten.engine.native import Native
 from hasten.engine.onnxruntime import Onnxruntime
+from hasten.engine.openvino import Openvino
 from hasten.engine.sampling import probabilities
 from hasten.engine.transformers import Transformers
 from hasten.engine.vllm import Vllm
@@ -44,11 +45,12 @@ ENGINES: dict[str, Callable[..., Engine]] = {
         **EXACT, activation_dtype=Dtype.float32, draft="draft", guesses=3, **options
     ),
     "onnxruntime": lambda **options: Onnxruntime(**EXACT, **options),
+    "openvino": lambda **options: Openvino(**EXACT, activation_dtype=Dtype.float32, **options),
     "transformers": lambda **options: Transformers(**EXACT, **options),
     "vllm": lambda **options: Vllm(**EXACT, gpu_memory_utilization=0.2, capture=False, **options),
 }
-BATCHING = ("llamacpp", "native", "native with a draft", "onnxruntime", "vllm")  # the others: one after another
-NEEDS = {"llamacpp": "xllamacpp", "onnxruntime": "onnxruntime", "vllm": "vllm"}
+BATCHING = ("llamacpp", "native", "native with a draft", "onnxruntime", "openvino", "vllm")  # the others: one by one
+NEEDS = {"llamacpp": "xllamacpp", "onnxruntime": "onnxruntime", "openvino": "openvino", "vllm": "vllm"}
 NEAR_TIE = 0.01  # two logits closer than this may change places: sums are in another order
 Make = Callable[..., closing[Session]]
 
