@@ -226,14 +226,12 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, temperature: fl
 def test_it_says_what_it_reads_and_what_it_holds(tmp_path: Path, tied: bool) -> None:
     config = llama.shape(tied_head=tied, qkv_bias=True)
     cost = cost_of(config)
+    row, table = (config.hidden_size, cost.head.weights) if tied else (0, 0)  # a tied head is a copy of the table
     with session(llama.variant(tmp_path / "v", config), tmp_path) as engine:
-        row = config.hidden_size if tied else 0  # a tied head is read as a matrix, and a row of the same table
         assert engine.weight_bytes_per_token == 4 * (cost.parameters_per_token + row)
         assert engine.kernel == engine.arithmetic == "float32"
         assert engine.kv_bytes_per_position == cost.kv_bytes(1, 4)
-        memory = engine.memory()
-        assert memory["kv_cache"] == cost.kv_bytes(256, 4)
-        assert 0 <= (memory["weights"] or 0) - 4 * cost.parameters < 4096 * len(llama.random_tensors(config))
+        assert engine.memory() == {"weights": 4 * (cost.parameters + table), "kv_cache": cost.kv_bytes(256, 4)}
 
 
 def test_integers_are_fewer_bytes_and_longer_groups_fewer_still(tmp_path: Path) -> None:
@@ -267,11 +265,21 @@ def test_eight_bits_with_float_activations_are_labelled_dequantised(tmp_path: Pa
     support = Onnxruntime(activation_dtype=Dtype.float32).supports(made)
     assert (support.native, support.native_format) == (False, "float32 (dequantised in every pass)")
     assert Onnxruntime().supports(made).native
+    with session(made, tmp_path) as floats, session(made, tmp_path, activation_dtype=Dtype.auto) as integers:
+        assert floats.kernel == support.native_format
+        assert floats.weight_bytes_per_token > 3 * integers.weight_bytes_per_token
+        assert (floats.memory()["weights"] or 0) < (integers.memory()["weights"] or 0)
 
 
 def test_nothing_is_reported() -> None:
     runtime()
     assert os.environ[TELEMETRY] == QUIET[TELEMETRY] == "1"
+
+
+def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", "1.9.2")
+    with pytest.raises(UserError, match=r"onnxruntime must be at least 1\.32, got 1\.9\.2"):
+        runtime()
 
 
 def test_a_processor_without_integer_kernels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

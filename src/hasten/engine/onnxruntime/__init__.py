@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from hasten.artifacts import Json, Variant, read_json, write_json
+from hasten.artifacts import SCHEMA, Json, Variant, read_json, write_json
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, built
 from hasten.engine.onnxruntime.library import rounds_activations
 from hasten.engine.onnxruntime.model import Model
@@ -111,8 +111,8 @@ class Onnxruntime(Engine):
 
         def make(folder: Path) -> None:
             config = from_huggingface(variant.config)
-            read = graph.write(config, variant.tensors(), grid_of(variant), level, folder)
-            write_json(folder / "manifest.json", {"schema": 1, "kind": "onnx", "weight_bytes_per_token": read})
+            sizes = graph.write(config, variant.tensors(), grid_of(variant), level, folder)
+            write_json(folder / "manifest.json", {"schema": SCHEMA, "kind": "onnx", **sizes})
 
         return built(cache / "onnxruntime" / f"{variant.hash}-{arithmetic}-{graph.FORMAT}", make)
 
@@ -174,9 +174,9 @@ class OnnxruntimeSession(Session):
         self.context, self.vocabulary = min(engine.max_context, config.context), config.vocab_size
         self.slots, self.micro_batch = engine.slots, engine.micro_batch
         self.kernel, self.arithmetic = native_format, engine.arithmetic(variant)
-        self.weight_bytes_per_token = read_json(folder / "manifest.json")["weight_bytes_per_token"]
+        sizes = read_json(folder / "manifest.json")
+        self.weight_bytes_per_token, self._weight_bytes = sizes["weight_bytes_per_token"], sizes["weight_bytes"]
         self.kv_bytes_per_position = cost_of(config).kv_bytes(1, 4)
-        self._weight_bytes = (folder / "weights.bin").stat().st_size
         self.model = Model(folder / "model.onnx", config, self.context, engine.slots, engine.thread_count)
         self._flights: set[Flight] = set()
         self._waiting: deque[Flight] = deque()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hasten.artifacts import Json
 from hasten.engine.onnxruntime.blocks import block_size, packed, scales
 from hasten.errors import UserError
 from hasten.model.config import Activation, ModelConfig
@@ -48,8 +49,8 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.initialisers: dict[str, onnx.TensorProto] = {}
         self.file = (folder / "weights.bin").open("wb")
-        self.read_per_token = 0
-        """Weight bytes that one token reads, each in the form the kernels give it."""
+        self.bytes, self.dequantised_bytes = 0, 0
+        """Of the weights that every token reads whole, as the kernels hold them, and as they expand them in a pass."""
 
     def node(self, operator: str, *inputs: str, also: Sequence[str] = (), domain: str = "", **attributes: Any) -> str:
         """Add an operator; the name of its first output. also: names of further ones. What is left out has no name."""
@@ -83,7 +84,7 @@ class Graph:
     def vector(self, name: str, offset: float = 0.0) -> str:
         """A norm's weight or a bias."""
         values = self.floats(name) + offset
-        self.read_per_token += values.nbytes
+        self.bytes += values.nbytes
         return self.tensor(name, values)
 
     def floats(self, name: str) -> Tensor:
@@ -98,11 +99,11 @@ class Graph:
         if biases and len(biases) < len(sources):
             raise UserError(f"all or none of {' and '.join(sources)} must have a bias")
         bias = self.tensor(f"{name}.bias", torch.cat(biases)) if biases else ""
-        self.read_per_token += sum(one.nbytes for one in biases)
+        self.bytes += sum(one.nbytes for one in biases)
         if all(f"{s}.weight_packed" in self.tensors for s in sources):
             return self.quantised(x, name, bias, sources)
         weight = torch.cat([self.floats(f"{s}.weight") for s in sources]).T
-        self.read_per_token += weight.nbytes
+        self.bytes += weight.nbytes
         y = self.node("MatMul", x, self.tensor(f"{name}.weight", weight))
         return self.node("Add", y, bias) if bias else y
 
@@ -114,11 +115,11 @@ class Graph:
         rows, columns = q.shape
         block = block_size(self.grid.group_size, columns)
         weight, by_block = packed(q, self.grid.bits, block), scales(scale, columns, block)
-        self.read_per_token += weight.nbytes + by_block.nbytes
+        self.bytes += weight.nbytes + by_block.nbytes
         if self.accuracy_level == INT8_ACTIVATIONS:
-            self.read_per_token += by_block.nbytes  # of each block the sum, too, which takes the zero point out again
+            self.bytes += by_block.nbytes  # of each block the sum, too, which takes the zero point out again
         elif self.grid.bits == 8:
-            self.read_per_token += 4 * q.numel()  # there is no kernel: dequantised, and then read
+            self.dequantised_bytes += 4 * q.numel()  # there is no kernel for it
         inputs = [x, self.tensor(f"{name}.weight", weight), self.tensor(f"{name}.scales", by_block)]
         return self.node("MatMulNBits", *inputs, *(("", "", bias) if bias else ()), domain=MICROSOFT, N=rows, K=columns,
                         bits=self.grid.bits, block_size=block, accuracy_level=self.accuracy_level)  # fmt: skip
@@ -201,9 +202,8 @@ class Layers:
         return self.graph.linear(self.graph.node("Mul", gate, up), f"{base}.down_proj")
 
     def embedded(self) -> str:
-        table = self.graph.floats("model.embed_tokens.weight")
-        self.graph.read_per_token += table[0].nbytes
-        x = self.graph.node("Gather", self.graph.tensor("model.embed_tokens.weight", table), "ids")
+        name = "model.embed_tokens.weight"
+        x = self.graph.node("Gather", self.graph.tensor(name, self.graph.floats(name)), "ids")
         if self.config.embedding_scale:
             x = self.graph.node("Mul", x, self.graph.constant("embedding_scale", self.config.hidden_size**0.5))
         return x
@@ -215,12 +215,14 @@ class Layers:
         normed, _ = self.norm(x, "model.norm", added)
         if "lm_head.weight_packed" in graph.tensors or "lm_head.weight" in graph.tensors:
             return graph.linear(normed, "lm_head")
-        graph.read_per_token += graph.tensors["model.embed_tokens.weight"].numel() * 4
+        graph.bytes += 4 * self.config.vocab_size * self.config.hidden_size  # the kernel has a copy of its own
         return graph.node("Gemm", normed, "model.embed_tokens.weight", transB=1)
 
 
-def write(config: ModelConfig, tensors: dict[str, Tensor], grid: Grid | None, accuracy_level: int, folder: Path) -> int:
-    """`model.onnx` and `weights.bin` in `folder`; how many weight bytes a token reads."""
+def write(
+    config: ModelConfig, tensors: dict[str, Tensor], grid: Grid | None, accuracy_level: int, folder: Path
+) -> Json:
+    """`model.onnx` and `weights.bin` in `folder`; how many bytes of weights are held, and how many a token reads."""
     from onnx import TensorProto
 
     graph = Graph(tensors, grid, accuracy_level, folder)
@@ -240,4 +242,8 @@ def write(config: ModelConfig, tensors: dict[str, Tensor], grid: Grid | None, ac
     }  # fmt: skip
     logits: Kind = (TensorProto.FLOAT, ["B", config.vocab_size])
     graph.save(inputs, {"logits": logits, **{f"present_{name}": cache for name in caches}})
-    return graph.read_per_token
+    row = 4 * config.hidden_size
+    return {
+        "weight_bytes": graph.bytes + config.vocab_size * row,
+        "weight_bytes_per_token": graph.bytes + graph.dequantised_bytes + row,
+    }

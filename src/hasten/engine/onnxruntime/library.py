@@ -9,15 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from hasten.config import QUIET
+from hasten.errors import UserError
 
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
+OLDEST = (1, 32)
 
 
 def runtime() -> Any:
-    """The library. Since 1.29 it reports to its makers on Linux too, unless it is told not to before it is imported."""
+    """The library. Since 1.29 it reports to its makers on Linux too, unless it is told not to before it is imported.
+
+    Raises `UserError` for an old one: in those a sliding window was one token longer.
+    """
     os.environ.setdefault(TELEMETRY, QUIET[TELEMETRY])
     import onnxruntime
 
+    if tuple(int(part) for part in onnxruntime.__version__.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise UserError(
+            f"onnxruntime must be at least {oldest}, got {onnxruntime.__version__}: pip install -U onnxruntime"
+        )
     onnxruntime.set_default_logger_severity(3)  # errors: it warns of hardware that it does not know
     return onnxruntime
 
