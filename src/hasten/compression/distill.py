@@ -7,7 +7,7 @@ changes, so it is as fast as its parent; what it costs is the steps, each a forw
 passes' worth of the student. What can be recovered is what the rows show: see `calibration.tasks`.
 
 Try it: python pipelines/compress.py plan=default name=healed parent=variants/shallow compression=distill \\
-    calibration.sequences=1024 calibration.tasks=0.5
+    calibration.sequences=1024 calibration.length=256 calibration.tasks=0.9 compression.batch_size=8
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Qat(Recovery, Quantiser):
     """The float parent teaches; `teacher: ""` is cross-entropy."""
 
     teacher: str = PARENT
-    learning_rate: float = 3e-4
+    learning_rate: float = 5e-4
 
     def __post_init__(self) -> None:
         Quantiser.__post_init__(self)

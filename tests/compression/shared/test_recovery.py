@@ -77,7 +77,7 @@ def test_it_says_what_it_cost_and_how_the_loss_went(tmp_path: Path, method: type
     assert [step for step, _ in curve] == [1, 10, 12]
     assert all(value == round(value, 6) for _, value in curve)
     assert variant.manifest["options"]["precision"] == "float32"
-    assert variant.manifest["options"]["learned"] == "all"
+    assert variant.manifest["options"]["learned"] == "counted"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_device_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
         {"temperature": 3.0},
         {"hidden_weight": 1.0},
         {"hard_weight": 1.0},
-        {"learned": Learned.counted},
+        {"learned": Learned.all},
     ],
 )
 def test_every_option_reaches_the_training(tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -70,11 +70,11 @@ class Recovery(Compressor):
     temperature: float = 1.0
     hidden_weight: float = 0.0
     hard_weight: float = 0.0
-    learned: Learned = Learned.all
+    learned: Learned = Learned.counted
     steps: int = 200
     batch_size: int = 16
     optimiser: Optimiser = Optimiser.muon
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     warmup_fraction: float = 0.05
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
