@@ -121,7 +121,14 @@ def test_integers_answer_as_what_they_stand_for(tmp_path: Path, grid: Grid, bias
     assert far_from_best(load_network(variant).eval(), prompt(20), found) < NEAR_TIE
 
 
-@pytest.mark.parametrize(("name", "grid"), [("gemma3", None), ("llama-biases", Grid(4, 32)), ("qwen3", Grid(8, 0))])
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("gemma3-scores-scaled-otherwise", None),
+        pytest.param("llama-biases", Grid(4, 32), marks=pytest.mark.slow),
+        pytest.param("qwen3", Grid(8, 0), marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_it_answers_as_uncompiled_and_finds_what_it_compiled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, grid: Grid | None
 ) -> None:

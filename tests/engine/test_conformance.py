@@ -37,7 +37,9 @@ EXACT: dict[str, Any] = {
     "max_context": 256,
 }
 ENGINES: dict[str, Callable[..., Engine]] = {
-    "compiled": lambda **options: Compiled(**EXACT, **options),
+    "compiled": lambda **options: Compiled(
+        **EXACT, compile=False, **options
+    ),  # test_compiled: compiled, it is the same
     "eager": lambda **options: Eager(**EXACT, **options),
     "llamacpp": lambda **options: Llamacpp(**EXACT, **options),
     "native": lambda **options: Native(**EXACT, activation_dtype=Dtype.float32, **options),

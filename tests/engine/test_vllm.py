@@ -56,7 +56,7 @@ class StandIn:
             if given[-1] == 299:
                 await asyncio.Event().wait()
             for number in range(1, options["max_tokens"] + 1 - self.early):
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
                 id_ = given[-1] + number
                 logprobs = None if options["logprobs"] is None else [{id_: SimpleNamespace(logprob=self.logprob)}]
                 yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[id_], logprobs=logprobs)])
@@ -189,9 +189,9 @@ def test_a_cancelled_request_is_aborted_also_while_nothing_comes(
         silent.close()
         assert list(running) == list(silent) == []
         assert ids(session.submit(Request(2, (9,), 3))) == [10, 11, 12]
-        left = session.submit(Request(3, (299,), 4))
         names = {tuple(given): name for given, _, name in stand_in[0].asked}
         assert {names[299,], names[5,]} == set(stand_in[0].aborted)
+        left = session.submit(Request(3, (299,), 4))
     assert list(left) == []  # closing the session cancels what is left
     with pytest.raises(RuntimeError, match="the session is closed"):
         session.submit(Request(4, (9,), 3))

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from hasten.artifacts import Tokens, Variant, load_checkpoint
-from hasten.compression.base import Calibration
 from hasten.compression.depth import Depth
 from hasten.compression.identity import Identity
 from hasten.compression.make import make_variant
@@ -34,6 +33,7 @@ from hasten.training.finetuning import finetune
 from hasten.training.loop import Fitted
 from hasten.training.pretraining import pretrain
 from hasten.tuning.full import Full
+from tests.compression.texts import text as calibration
 from tests.evaluation import texts
 from tests.tiny import Curves, lstm_shape, training, write_tokenizer, write_tokens
 
@@ -211,6 +211,5 @@ def test_an_engine_that_cannot_run_it_refuses_with_the_reason(study: Study) -> N
 
 
 def test_depth_pruning_refuses_it_with_the_reason(study: Study) -> None:
-    text = Calibration(torch.randint(100, (2, 16)), "text")
     with pytest.raises(UserError, match="hasten_lstm"):
-        Depth(drop=1).compress(study.variant("baseline"), text, 0)
+        Depth(drop=1).compress(study.variant("baseline"), calibration(2, 16), 0)

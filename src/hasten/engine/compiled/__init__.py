@@ -154,8 +154,9 @@ class CompiledSession(Session):
         start = time.perf_counter()
         self.step, self.choose = (compiled(self.network, name) for name in ("step", "choose"))
         self.read = {size: compiled(self.network, "read") for size in self.chunks}
-        seen = self.places[:]
-        torch._dynamo.mark_dynamic(seen, 0)  # how far a pass looks back
+        seen = self._seen(len(self.places) - 1)  # no pass looks back on all: where the end is not met, it stays open
+        if seen.device.type == "cpu":
+            torch._dynamo.mark_dynamic(seen, 0)
         with torch.no_grad():
             for _ in range(3):
                 for size, read in self.read.items():
