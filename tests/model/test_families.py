@@ -27,6 +27,7 @@ from tests.model.families import (
     LLAMA3,
     LOCAL,
     SLIDING,
+    VOCABULARY,
     greedy,
     our_model,
     padded_logits,
