@@ -38,8 +38,10 @@ def session(variant: Variant, cache: Path, **options: Any) -> closing[NativeSess
     return closing(Native(**{**EXACT, **options}).load(variant, cache))
 
 
-def quantised(variant: Variant, bits: int, group_size: int, name: str = "") -> Variant:
-    made = Rtn(bits=bits, group_size=group_size, scale=Scale.signed).compress(variant, None, 0)
+def quantised(
+    variant: Variant, bits: int, group_size: int, name: str = "", scale: Scale = Scale.nearest
+) -> Variant:
+    made = Rtn(bits=bits, group_size=group_size, scale=scale).compress(variant, None, 0)
     assert made.grid is not None
     folder = variant.path.with_name(name or f"int{bits}-{group_size}")
     manifest = {**variant.manifest, "name": folder.name, "grid": made.grid.describe()}
@@ -65,7 +67,7 @@ def test_greedy_continuations_equal_our_network(tmp_path: Path, cache: Path, nam
 def test_integers_are_multiplied_as_they_are(
     tmp_path: Path, cache: Path, name: str, bits: int, group_size: int
 ) -> None:
-    variant = quantised(llama.variant(tmp_path / "v", llama.CASES[name]), bits, group_size)
+    variant = quantised(llama.variant(tmp_path / "v", llama.CASES[name]), bits, group_size, Scale.signed)
     model = load_network(variant).eval()
     prompts = [prompt(20, seed) for seed in range(20)]
     with session(variant, cache) as exact:

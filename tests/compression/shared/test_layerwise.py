@@ -74,3 +74,11 @@ def test_the_head_is_left_alone_unless_asked_for_and_no_hook_stays() -> None:
     walk(model, text(), recorder)
     assert ("lm_head",) not in recorder.order
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_pass_ends_where_the_inputs_are_reached() -> None:
+    model, calls = decoder(), []
+    for block in model.model.layers:
+        block.mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
+    walk(model, text(8, 16), Recorder())
+    assert len(calls) == len(model.model.layers)  # the pass after the last group alone

@@ -141,15 +141,22 @@ def view(model: Decoder, calibration: Calibration, part: slice, slides: bool) ->
     return model.model.view(calibration.ids[part], 0, None, slides, calibration.documents[part])
 
 
+class ReachedError(Exception):
+    """A pass came to the module whose inputs were asked for: what follows would be computed for nothing."""
+
+
 @contextmanager
 def shown(module: nn.Module, treatment: Treatment, real: Tensor) -> Iterator[None]:
-    """Let the treatment see what the module is given, as long as this lasts. real: (N, T), what is no padding."""
+    """Let the treatment see what the module is given, and end the pass there. real: (N, T), what is no padding."""
 
     def hook(module: nn.Module, args: Sequence[Tensor]) -> None:
         treatment.see(args[0][real])
+        raise ReachedError
 
     handle = module.register_forward_pre_hook(hook)
     try:
         yield
+    except ReachedError:
+        pass
     finally:
         handle.remove()
