@@ -67,7 +67,7 @@ def test_greedy_continuations_equal_our_network(tmp_path: Path, cache: Path, nam
 def test_integers_are_multiplied_as_they_are(
     tmp_path: Path, cache: Path, name: str, bits: int, group_size: int
 ) -> None:
-    variant = quantised(llama.variant(tmp_path / "v", llama.CASES[name]), bits, group_size, Scale.signed)
+    variant = quantised(llama.variant(tmp_path / "v", llama.CASES[name]), bits, group_size, scale=Scale.signed)
     model = load_network(variant).eval()
     prompts = [prompt(20, seed) for seed in range(20)]
     with session(variant, cache) as exact:

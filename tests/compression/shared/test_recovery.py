@@ -82,12 +82,7 @@ def test_it_says_what_it_cost_and_how_the_loss_went(tmp_path: Path, method: type
 
 @pytest.mark.parametrize(
     ("method", "teacher"),
-    [
-        (method, teacher)
-        for method in METHODS
-        for teacher in ("", "parent", "baseline")
-        if teacher or method is not Distill
-    ],
+    [(method, teacher) for method in METHODS for teacher in ("", "parent", "baseline") if teacher or method != Distill],
 )
 def test_the_same_seed_makes_the_same_bytes_and_another_seed_others(
     tmp_path: Path, method: type[Recovery], teacher: str
