@@ -38,9 +38,7 @@ def session(variant: Variant, cache: Path, **options: Any) -> closing[NativeSess
     return closing(Native(**{**EXACT, **options}).load(variant, cache))
 
 
-def quantised(
-    variant: Variant, bits: int, group_size: int, name: str = "", scale: Scale = Scale.nearest
-) -> Variant:
+def quantised(variant: Variant, bits: int, group_size: int, name: str = "", scale: Scale = Scale.nearest) -> Variant:
     made = Rtn(bits=bits, group_size=group_size, scale=scale).compress(variant, None, 0)
     assert made.grid is not None
     folder = variant.path.with_name(name or f"int{bits}-{group_size}")
