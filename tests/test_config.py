@@ -186,7 +186,7 @@ def test_components_are_found_by_their_modules_name() -> None:
     assert camel_case("question_type") == "QuestionType"
     found = {axis: discover(axis) for axis in AXES}
     assert found["compression"].keys() == {"identity", "rtn", "depth"}
-    assert found["engine"].keys() == {"eager", "llamacpp", "native", "transformers"}
+    assert found["engine"].keys() == {"eager", "llamacpp", "native", "openvino", "transformers"}
     for axis, components in found.items():
         assert components, axis
         for name, component in components.items():
