@@ -229,6 +229,7 @@ def test_the_session_says_what_it_runs_and_what_it_holds(loaded: OpenvinoSession
     matrices = sum(v.numel() * 4 for v in llama.random_tensors(config).values() if v.dim() == 2)
     table = config.vocab_size * config.hidden_size * 4
     assert loaded.kernel.startswith("f32 (")
+    assert "undef" not in loaded.kernel
     assert loaded.weight_bytes_per_token == matrices + config.hidden_size * 4
     kv = 2 * config.layers * config.kv_heads * config.head_width * 256 * 4
     assert loaded.memory() == {"weights": matrices + table, "kv_cache": kv}  # the head is packed anew
@@ -259,16 +260,27 @@ def test_a_session_closed_in_the_middle_ends_its_streams(tmp_path: Path) -> None
     engine.close()  # twice does no harm
 
 
-def test_logits_that_are_not_finite_are_an_error_and_spoil_no_other_request(tmp_path: Path) -> None:
-    tensors = llama.random_tensors(llama.shape(tied_head=False))
-    tensors["model.embed_tokens.weight"][7] = 1e38
-    variant = llama.variant(tmp_path / "v", llama.shape(tied_head=False), tensors)
+def test_logits_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
+    tensors = llama.random_tensors(llama.shape())
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e38
+    variant = llama.variant(tmp_path / "v", llama.shape(), tensors)
     words = "request 3: the logits are not finite after 0 tokens"
-    with session(variant, tmp_path) as engine:
-        expected = ids(engine.submit(Request(0, (5, 6, 8), 9)))
-        with pytest.raises(RuntimeError, match=words):
-            list(engine.submit(Request(3, (5, 7) * 50, 5)))
-        assert ids(engine.submit(Request(0, (5, 6, 8), 9))) == expected
+    with session(variant, tmp_path) as engine, pytest.raises(RuntimeError, match=words):
+        list(engine.submit(Request(3, prompt(4), 5)))
+
+
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.float16, Dtype.bfloat16])
+def test_what_a_request_left_in_its_slot_meets_nobody(tmp_path: Path, dtype: Dtype) -> None:
+    """Not even times zero, which would turn what is not finite into the next request's error."""
+    if dtype is Dtype.bfloat16 and not has_bfloat16():
+        pytest.skip("this processor has no bfloat16")
+    low = {"weight_dtype": Dtype.auto, "activation_dtype": Dtype.auto} if dtype is Dtype.bfloat16 else {}
+    requests = [Request(i, prompt(length), 20) for i, length in enumerate((1, 9, 40))]
+    with session(llama.variant(tmp_path / "v", llama.shape()), tmp_path, kv_cache_dtype=dtype, **low) as engine:
+        expected = [ids(engine.submit(request)) for request in requests]
+        for cache in engine._caches.values():
+            cache.data[...] = np.nan
+        assert [ids(engine.submit(request)) for request in requests] == expected
 
 
 def test_what_the_library_raises_reaches_the_reader_and_the_next_request_is_answered(

@@ -154,6 +154,7 @@ class OpenvinoSession(Session):
     """A compiled graph and a thread that makes its passes. `submit` may be called from several threads."""
 
     def __init__(self, engine: Openvino, variant: Variant) -> None:
+        from hasten.engine.openvino.passes import Pass, Sequence
         from hasten.model.config_json import from_huggingface
         from hasten.model.huggingface import grid_of
 
@@ -165,18 +166,19 @@ class OpenvinoSession(Session):
         compiled = runtime().Core().compile_model(model, "CPU", properties(engine, grid))
         self.compile_seconds = time.perf_counter() - ready
         self.context, self.vocabulary = min(engine.max_context, config.context), config.vocab_size
-        rounded = engine.rounded(grid)
-        self.kernel = f"{kernels(compiled)}{f', activations in int8 groups of {rounded}' if rounded else ''}"
-        self.arithmetic = "int8" if rounded else engine.activations(grid).name
         self.weight_bytes_per_token, self._weight_bytes = graph.bytes_per_token, graph.bytes
         self._blocks, self._most = -(-self.context // BLOCK), engine.micro_batch
         self._request: Any = compiled.create_infer_request()
-        self._caches = {port.any_name: cache_for(port, engine.slots * self._blocks)
-                        for port in compiled.inputs if "_cache." in port.any_name}  # fmt: skip
+        ports = [port for port in compiled.inputs if "_cache." in port.any_name]
+        self._caches = {port.any_name: cache_for(port, engine.slots * self._blocks) for port in ports}
         for name, cache in self._caches.items():
             self._request.set_tensor(name, cache)
         self._kv_bytes = sum(cache.byte_size for cache in self._caches.values())
         self.kv_bytes_per_position = self._kv_bytes // (engine.slots * self._blocks * BLOCK)
+        self._logits(Pass([(Sequence(Flight(Request(0, (0,), 1)), 0, [0]), 1)]))  # kernels are chosen with the first
+        rounded = engine.rounded(grid)
+        self.kernel = f"{kernels(compiled)}{f', activations in int8 groups of {rounded}' if rounded else ''}"
+        self.arithmetic = "int8" if rounded else engine.activations(grid).name
         self._slots = list(range(engine.slots))
         self._sequences: list[Sequence] = []
         self._queue: deque[Flight] = deque()
@@ -239,7 +241,7 @@ class OpenvinoSession(Session):
             flight, token = sequence.flight, sequence.draw(row)
             if token is None:
                 flight.error = f"request {flight.request.id}: the logits are not finite after {flight.count} tokens"
-                self._retire(sequence, spoiled=True)
+                self._retire(sequence)
                 continue
             flight.arrived(token, time.perf_counter() - flight.sent)
             sequence.ids.append(token)
@@ -253,12 +255,8 @@ class OpenvinoSession(Session):
         self._request.infer()
         return self._request.get_output_tensor(0).data[:, 0]
 
-    def _retire(self, sequence: Sequence, *, spoiled: bool = False) -> None:
-        """Free its slot. spoiled: its keys and values are not finite and must not meet others', not even times zero."""
-        if spoiled:
-            first = sequence.slot * self._blocks
-            for cache in self._caches.values():
-                cache.data[first : first + self._blocks] = 0
+    def _retire(self, sequence: Sequence) -> None:
+        """Free its slot; what it leaves there is overwritten before anybody reads it."""
         self._sequences.remove(sequence)
         self._slots.append(sequence.slot)
         sequence.flight.finished.set()

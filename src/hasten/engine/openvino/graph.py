@@ -40,6 +40,7 @@ UNUSED = (
     *(("int32", (0,)), ("uint8", (0,)), ("int32", (0,))),  # images, trees of guesses
 )
 """What PagedAttention's inputs from the fourteenth on are for, and their types and shapes when they say nothing."""
+HALVES = {"float16": "f16", "bfloat16": "bf16"}
 Node = Any
 
 
@@ -103,16 +104,14 @@ class Graph:
         import torch
 
         kind = self.weight_dtype if len(shape) == 2 else "float32"
-        values = self.stored(name, *shape).to(getattr(torch, kind)).float()
+        values = self.stored(name, *shape).to(getattr(torch, kind)).contiguous()
         if not bool(values.isfinite().all()):
             raise UserError(f"weight_dtype {kind} cannot hold {name}; use bfloat16 or float32")
-        types = {
-            "float32": self.openvino.Type.f32,
-            "float16": self.openvino.Type.f16,
-            "bfloat16": self.openvino.Type.bf16,
-        }
-        node = self.ops.constant(values.contiguous().numpy(), dtype=types[kind])
-        return node if kind == "float32" else self.ops.convert(node, self.openvino.Type.f32)
+        if kind == "float32":
+            return self.ops.constant(values.numpy())
+        half = self.openvino.Tensor(getattr(self.openvino.Type, HALVES[kind]), self.openvino.Shape(list(shape)))
+        half.data.view("int16")[...] = values.view(torch.int16).numpy()
+        return self.ops.convert(self.openvino.op.Constant(half), self.openvino.Type.f32)
 
     def quantised(self, name: str, rows: int, columns: int) -> Node:
         """A matrix of integers, float32 to the graph around it. Raises `UserError` if it does not fit config.json."""
