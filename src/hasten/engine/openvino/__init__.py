@@ -42,7 +42,8 @@ CACHES = {Dtype.float32: (Dtype.float16, Dtype.float32), Dtype.bfloat16: (Dtype.
 
 @dataclass
 class Openvino(Engine):
-    """weight_dtype auto is bfloat16. kv_cache_dtype auto is float16, and bfloat16 where the activations are.
+    """weight_dtype auto is bfloat16 where the processor multiplies it, else float32. kv_cache_dtype auto is float16,
+    and bfloat16 where the activations are.
 
     activation_dtype: auto multiplies integers with activations that are rounded to 8 bits (all else in float32), and
     bfloat16 weights with bfloat16 where the processor can; float32 and bfloat16 take every product in that type.
@@ -61,13 +62,11 @@ class Openvino(Engine):
         super().__post_init__()
         if self.devices != ["cpu"]:
             raise UserError(f"engine.devices must be [cpu] for openvino, got {self.devices}")
-        if self.activation_dtype is Dtype.float16:
-            raise UserError("engine.activation_dtype must be auto, bfloat16 or float32 for openvino, got float16")
-        if self.activation_dtype is Dtype.bfloat16 and self.weights is not Dtype.bfloat16:
-            raise UserError(
-                "engine.weight_dtype must be auto or bfloat16 where activation_dtype is bfloat16, "
-                f"got {self.weights.name}"
-            )
+        for name in ("weight_dtype", "activation_dtype"):
+            if getattr(self, name) is Dtype.float16:
+                raise UserError(f"engine.{name} must be auto, bfloat16 or float32 for openvino, got float16")
+        if self.activation_dtype is Dtype.bfloat16 and self.weight_dtype is Dtype.float32:
+            raise UserError("engine.weight_dtype must be auto or bfloat16 beside bfloat16 activations, got float32")
         if self.activation_group not in GROUPS:
             raise UserError(f"engine.activation_group must be one of {GROUPS}, got {self.activation_group}")
         if not 1 <= self.slots <= 256:
@@ -78,7 +77,8 @@ class Openvino(Engine):
     @property
     def weights(self) -> Dtype:
         """The type of float weights with `auto` resolved."""
-        return Dtype.bfloat16 if self.weight_dtype is Dtype.auto else self.weight_dtype
+        fastest = Dtype.bfloat16 if has_bfloat16() else Dtype.float32
+        return fastest if self.weight_dtype is Dtype.auto else self.weight_dtype
 
     def activations(self, grid: Json | None) -> Dtype:
         """The type of everything that is not rounded, with `auto` resolved. grid: the variant's, None for floats."""
@@ -113,6 +113,10 @@ class Openvino(Engine):
         grid = variant.manifest.get("grid")
         if self.activation_dtype is Dtype.bfloat16 and not has_bfloat16():
             return Support(reason="this processor has no bfloat16: activation_dtype must be auto or float32")
+        if not grid and self.activations(grid) is not self.weights:
+            return Support(
+                reason="OpenVINO widens bfloat16 weights beside float32 activations: weight_dtype must be float32"
+            )
         kept = CACHES[self.activations(grid)]
         if self.kv_cache(grid) not in kept:
             return Support(
@@ -160,7 +164,8 @@ class OpenvinoSession(Session):
 
         start = time.perf_counter()
         config, grid = from_huggingface(variant.config), variant.manifest.get("grid")
-        graph = Graph(config, variant.tensors(), grid_of(variant), engine.weights.name)
+        float_bytes = 4 if engine.activations(grid) is Dtype.float32 else 2
+        graph = Graph(config, variant.tensors(), grid_of(variant), engine.weights.name, float_bytes)
         model = graph.model()
         ready = time.perf_counter()
         compiled = runtime().Core().compile_model(model, "CPU", properties(engine, grid))

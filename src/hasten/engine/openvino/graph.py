@@ -40,21 +40,23 @@ UNUSED = (
     *(("int32", (0,)), ("uint8", (0,)), ("int32", (0,))),  # images, trees of guesses
 )
 """What PagedAttention's inputs from the fourteenth on are for, and their types and shapes when they say nothing."""
-HALVES = {"float16": "f16", "bfloat16": "bf16"}
 Node = Any
 
 
 class Graph:
     """Builds the graph; `bytes` and `bytes_per_token` count its weights as the plugin keeps them.
 
-    tensors: as stored. weight_dtype: `float32`, `float16` or `bfloat16`, of what is stored as floats.
+    tensors: as stored. weight_dtype: `float32` or `bfloat16`, of what is stored as floats. float_bytes: of each of them
+    in a product: beside float32 activations the plugin widens all floats.
     """
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor], grid: Grid | None, weight_dtype: str) -> None:
+    def __init__(
+        self, config: ModelConfig, tensors: dict[str, Tensor], grid: Grid | None, weight_dtype: str, float_bytes: int
+    ) -> None:
         self.openvino: Any = runtime()
         self.ops: Any = import_module("openvino.opset15")
         self.config, self.grid, self.weight_dtype = config, grid, weight_dtype
-        self.tensors = tensors
+        self.tensors, self.float_bytes = tensors, float_bytes
         self.inputs: list[Node] = []
         self.bytes = self.bytes_per_token = 0
 
@@ -103,14 +105,11 @@ class Graph:
         """A tensor of the checkpoint as float32, held as `weight_dtype` if it is a matrix."""
         import torch
 
-        kind = self.weight_dtype if len(shape) == 2 else "float32"
-        values = self.stored(name, *shape).to(getattr(torch, kind)).contiguous()
-        if not bool(values.isfinite().all()):
-            raise UserError(f"weight_dtype {kind} cannot hold {name}; use bfloat16 or float32")
-        if kind == "float32":
-            return self.ops.constant(values.numpy())
-        half = self.openvino.Tensor(getattr(self.openvino.Type, HALVES[kind]), self.openvino.Shape(list(shape)))
-        half.data.view("int16")[...] = values.view(torch.int16).numpy()
+        values = self.stored(name, *shape).float()
+        if len(shape) == 1 or self.weight_dtype == "float32":
+            return self.ops.constant(values.contiguous().numpy())
+        half = self.openvino.Tensor(self.openvino.Type.bf16, self.openvino.Shape(list(shape)))
+        half.data.view("int16")[...] = values.bfloat16().contiguous().view(torch.int16).numpy()
         return self.ops.convert(self.openvino.op.Constant(half), self.openvino.Type.f32)
 
     def quantised(self, name: str, rows: int, columns: int) -> Node:
@@ -134,19 +133,15 @@ class Graph:
             held = rows * columns * self.grid.bits // 8 + 4 * groups  # the plugin widens scales to float32
         else:
             weight = self.floats(f"{name}.weight", rows, columns)
-            held = rows * columns * self.item_bytes
+            held = rows * columns * self.float_bytes
         self.bytes, self.bytes_per_token = self.bytes + held, self.bytes_per_token + held
         y = self.ops.matmul(x, weight, False, True)
         return self.ops.add(y, self.floats(f"{name}.bias", rows)) if f"{name}.bias" in self.tensors else y
 
-    @property
-    def item_bytes(self) -> int:
-        return 4 if self.weight_dtype == "float32" else 2
-
     def embedding(self, ids: Node) -> Node:
         rows, hidden = self.config.vocab_size, self.config.hidden_size
-        self.bytes += rows * hidden * self.item_bytes
-        self.bytes_per_token += hidden * self.item_bytes
+        row = hidden * (4 if self.weight_dtype == "float32" else 2)
+        self.bytes, self.bytes_per_token = self.bytes + rows * row, self.bytes_per_token + row
         table = self.floats("model.embed_tokens.weight", rows, hidden)
         x = self.ops.gather(table, self.ops.reshape(ids, self.integers(-1, 1), False), self.integers(0))
         return self.ops.multiply(x, self.number(hidden**0.5)) if self.config.embedding_scale else x
