@@ -7,40 +7,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hasten.compression.shared.layerwise import Group, Treatment
+from hasten.compression.shared.compensation import inverse_factor
+from hasten.compression.shared.layerwise import Group, Inputs, Summing
 
 if TYPE_CHECKING:
     from hasten.compression.sparsegpt import Sparsegpt
 
 
-class Surgeon(Treatment):
-    """gram: X^T X of the tokens seen, (in, in) float64."""
+class Surgeon(Summing):
+    """Zeroes weights group by group."""
 
     def __init__(self, options: Sparsegpt) -> None:
         self.options = options
-        self.gram: Tensor | None = None
 
-    def see(self, x: Tensor) -> None:
-        seen = x.double().T @ x.double()
-        self.gram = seen if self.gram is None else self.gram + seen
-
-    def treat(self, group: Group) -> None:
-        assert self.gram is not None
-        factor, self.gram = inverse_factor(self.gram, self.options.damping), None
+    def settle(self, group: Group, inputs: Inputs) -> None:
+        factor, _ = inverse_factor(inputs.gram, self.options.damping)
         for linear in group.linears:
             linear.weight.copy_(operated(linear.weight.double(), factor, self.options))
-
-
-def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """U with U^T U = (H + damping * its mean diagonal)^-1, upper triangular."""
-    damped = gram.clone()
-    damped.diagonal().add_(damping * gram.diagonal().mean())
-    damped.diagonal()[gram.diagonal() == 0] = 1  # never given anything: any value will do
-    # with the rows and columns of H in reverse order its Cholesky factor, reversed again, is the inverse of U
-    lower = torch.linalg.cholesky(damped.flip(0, 1))
-    unit = torch.eye(len(gram), dtype=gram.dtype)
-    factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True)
-    return factor
 
 
 def operated(weight: Tensor, factor: Tensor, options: Sparsegpt) -> Tensor:
