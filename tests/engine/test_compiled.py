@@ -262,7 +262,10 @@ def test_a_checkpoint_that_is_not_what_it_says_is_one_sentence(
     ("options", "words"),
     [
         ({"devices": ["tpu"]}, r"engine.devices must be one of \[cpu\], \[cuda:0\], got \['tpu'\]"),
-        ({"activation_dtype": Dtype.float32}, "engine.activation_dtype must be auto or bfloat16 .* got float32"),
+        (
+            {"weight_dtype": Dtype.bfloat16, "activation_dtype": Dtype.float32},
+            "activation_dtype must be auto or bfloat16 .* got float32",
+        ),
         ({"weight_dtype": Dtype.float16}, "must be bfloat16 or float32 on a CPU, got float16"),
         ({"kv_cache_dtype": Dtype.float16}, "must be bfloat16 or float32 on a CPU, got float16"),
         ({"chunks": []}, r"engine.chunks must be sizes of at least 2 in ascending order, got \[\]"),
