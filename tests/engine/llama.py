@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from hasten.artifacts import Variant, replacing, write_json
+from hasten.compression.make import make_variant
+from hasten.compression.rtn import Rtn
 from hasten.engine.base import Token
 from hasten.model.config import Activation, ModelConfig, RopeKind, RopeScaling
 from hasten.model.config_json import to_huggingface
@@ -139,6 +141,12 @@ def variant(
     tensors = {name: value.contiguous() for name, value in tensors.items()}
     save_checkpoint(folder, to_huggingface(config, bos_id=0, eos_id=1, pad_id=2), tensors, tokenizer, manifest)
     return Variant(folder)
+
+
+def on_grid(variant: Variant, bits: int, group_size: int) -> Variant:
+    """A float variant's child beside it, rounded to nearest."""
+    name, method = f"int{bits}-{group_size}", Rtn(bits=bits, group_size=group_size)
+    return make_variant(method, variant, None, name=name, target=variant.path.with_name(name), seed=0)[0]
 
 
 def rewrite(checkpoint: Variant, changes: dict[str, torch.Tensor | None]) -> Variant:

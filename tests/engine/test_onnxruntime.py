@@ -15,19 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hasten.artifacts import Variant
-from hasten.compression.make import make_variant
-from hasten.compression.rtn import Rtn
 from hasten.config import QUIET
 from hasten.engine.base import Dtype, Request
 from hasten.engine.onnxruntime import Onnxruntime, OnnxruntimeSession
 from hasten.engine.onnxruntime.blocks import BLOCKS, block_size, packed, scales
-from hasten.engine.onnxruntime.library import TELEMETRY, rounds_activations, runtime
+from hasten.engine.onnxruntime.runtime import TELEMETRY, rounds_activations, runtime
 from hasten.errors import UserError
 from hasten.model.cost import cost_of
 from hasten.model.grid import Grid, dequantise, stored
 from hasten.model.huggingface import load_network
 from tests.engine import llama
-from tests.engine.llama import far_from_best, ids, prompt
+from tests.engine.llama import far_from_best, ids, on_grid, prompt
 from tests.tiny import lstm, write_variant
 
 onnx = pytest.importorskip("onnx")
@@ -41,12 +39,6 @@ SHAPES = {**llama.CASES, "mistral-slides": llama.shape(sliding_window=8, head_si
 
 def session(variant: Variant, cache: Path, **options: Any) -> closing[OnnxruntimeSession]:
     return closing(Onnxruntime(**{**EXACT, **options}).load(variant, cache))
-
-
-def quantised(variant: Variant, bits: int, group_size: int) -> Variant:
-    name = f"int{bits}-{group_size}"
-    method = Rtn(bits=bits, group_size=group_size)
-    return make_variant(method, variant, None, name=name, target=variant.path.with_name(name), seed=0)[0]
 
 
 @settings(max_examples=40, deadline=None)
@@ -138,7 +130,7 @@ def test_logits_and_greedy_continuations_are_our_networks(tmp_path: Path, name: 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (8, 32), (8, 64), (4, 0), (4, 16), (4, 32), (4, 64)])
 @pytest.mark.parametrize("name", ["llama-biases", "gemma3"])
 def test_integers_are_multiplied_as_they_are(tmp_path: Path, name: str, bits: int, group_size: int) -> None:
-    variant = quantised(llama.variant(tmp_path / "v", llama.CASES[name]), bits, group_size)
+    variant = on_grid(llama.variant(tmp_path / "v", llama.CASES[name]), bits, group_size)
     model = load_network(variant).eval()
     prompts = [prompt(20, seed) for seed in range(20)]
     with session(variant, tmp_path) as exact:
@@ -241,14 +233,14 @@ def test_integers_are_fewer_bytes_and_longer_groups_fewer_still(tmp_path: Path) 
     weights = sum(matrix.weights for matrix in matrices) + cost_of(config).head.weights
     floats = 4 * (cost_of(config).vector_parameters + config.hidden_size)
     for bits, group_size in ((4, 32), (4, 64), (8, 32)):
-        with session(quantised(parent, bits, group_size), tmp_path, activation_dtype=Dtype.auto) as engine:
+        with session(on_grid(parent, bits, group_size), tmp_path, activation_dtype=Dtype.auto) as engine:
             blocks = 8 * weights // group_size  # a scale and a sum each
             assert engine.weight_bytes_per_token == weights * bits // 8 + blocks + floats
             assert engine.kernel == f"int{bits} block {group_size}"
 
 
 def test_the_build_is_kept_and_other_activations_are_another_one(tmp_path: Path, variant: Variant) -> None:
-    made = quantised(llama.variant(tmp_path / "v", llama.shape()), 4, 32)
+    made = on_grid(llama.variant(tmp_path / "v", llama.shape()), 4, 32)
     engines = [Onnxruntime(activation_dtype=dtype) for dtype in (Dtype.auto, Dtype.float32)]
     folders = [engine.build(made, tmp_path) for engine in engines]
     assert len(set(folders)) == 2
@@ -261,7 +253,7 @@ def test_the_build_is_kept_and_other_activations_are_another_one(tmp_path: Path,
 
 
 def test_eight_bits_with_float_activations_are_labelled_dequantised(tmp_path: Path) -> None:
-    made = quantised(llama.variant(tmp_path / "v", llama.shape()), 8, 32)
+    made = on_grid(llama.variant(tmp_path / "v", llama.shape()), 8, 32)
     support = Onnxruntime(activation_dtype=Dtype.float32).supports(made)
     assert (support.native, support.native_format) == (False, "float32 (dequantised in every pass)")
     assert Onnxruntime().supports(made).native
@@ -285,7 +277,7 @@ def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_processor_without_integer_kernels_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rounds_activations(4)
     assert rounds_activations(8)
-    made = quantised(llama.variant(tmp_path / "v", llama.shape()), 4, 32)
+    made = on_grid(llama.variant(tmp_path / "v", llama.shape()), 4, 32)
     monkeypatch.setattr("hasten.engine.onnxruntime.rounds_activations", lambda bits: False)
     with pytest.raises(UserError, match="onnxruntime has no integer kernels for this processor"):
         Onnxruntime().load(made, tmp_path)

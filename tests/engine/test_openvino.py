@@ -32,7 +32,7 @@ from hasten.hardware import cpu_flags
 from hasten.model.grid import Grid, dequantise, stored
 from hasten.model.huggingface import load_network
 from tests.engine import llama
-from tests.engine.llama import far_from_best, ids, prompt
+from tests.engine.llama import far_from_best, ids, on_grid, prompt
 from tests.tiny import lstm, write_variant
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
@@ -49,12 +49,6 @@ NEAR_TIE = 0.002  # two logits closer than this may change places: sums are in a
 
 def session(variant: Variant, cache: Path, **options: Any) -> closing[OpenvinoSession]:
     return closing(Openvino(**{**EXACT, **options}).load(variant, cache))
-
-
-def quantised(variant: Variant, bits: int, group_size: int) -> Variant:
-    name = f"int{bits}-{group_size}"
-    method = Rtn(bits=bits, group_size=group_size)
-    return make_variant(method, variant, None, name=name, target=variant.path.with_name(name), seed=0)[0]
 
 
 def test_importing_it_tells_nobody(tmp_path: Path) -> None:
@@ -130,7 +124,7 @@ def test_greedy_continuations_equal_our_network(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (8, 32), (8, 64), (4, 0), (4, 32), (4, 64)])
 @pytest.mark.parametrize("name", ["llama-biases", "gemma3"])
 def test_integers_are_multiplied_as_they_are(tmp_path: Path, name: str, bits: int, group_size: int) -> None:
-    variant = quantised(llama.variant(tmp_path / "v", llama.CASES[name]), bits, group_size)
+    variant = on_grid(llama.variant(tmp_path / "v", llama.CASES[name]), bits, group_size)
     model = load_network(variant).eval()
     prompts = [prompt(20, seed) for seed in range(20)]
     with session(variant, tmp_path) as exact:
@@ -146,7 +140,7 @@ def test_integers_are_multiplied_as_they_are(tmp_path: Path, name: str, bits: in
 
 @pytest.mark.skipif(not has_bfloat16(), reason="this processor has no bfloat16")
 def test_integers_meet_bfloat16_if_asked(tmp_path: Path) -> None:
-    variant = quantised(llama.variant(tmp_path / "v", llama.shape()), 4, 32)
+    variant = on_grid(llama.variant(tmp_path / "v", llama.shape()), 4, 32)
     model = load_network(variant).eval()
     low = {"weight_dtype": Dtype.auto, "activation_dtype": Dtype.bfloat16, "kv_cache_dtype": Dtype.auto}
     with session(variant, tmp_path, **low) as engine:
@@ -158,7 +152,7 @@ def test_integers_meet_bfloat16_if_asked(tmp_path: Path) -> None:
 
 @pytest.mark.skipif("avx512_vnni" not in cpu_flags(), reason="rounds activations only where there is VNNI")
 def test_activations_are_rounded_by_the_group_and_only_if_asked(tmp_path: Path) -> None:
-    variant = quantised(llama.variant(tmp_path / "v", llama.shape()), 8, 64)
+    variant = on_grid(llama.variant(tmp_path / "v", llama.shape()), 8, 64)
     asked, found = prompt(20), {}
     for name, options in {
         "float32": {}, "off": {"activation_dtype": Dtype.auto, "activation_group": 0},
@@ -266,7 +260,7 @@ def test_longer_groups_are_fewer_bytes(tmp_path: Path) -> None:
         if "_proj" in name or "head" in name
     )
     for group_size in (32, 64):
-        with session(quantised(variant, 4, group_size), tmp_path) as engine:
+        with session(on_grid(variant, 4, group_size), tmp_path) as engine:
             assert engine.weight_bytes_per_token == weights // 2 + weights // group_size * 4 + 64 * 4
 
 
@@ -332,13 +326,13 @@ def test_a_checkpoint_that_is_not_what_it_says_is_one_sentence(
 
 def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = llama.variant(tmp_path / "v", llama.shape(hidden_size=96, head_size=24, feed_forward_size=96))
-    odd, small = quantised(plain, 4, 48), quantised(plain, 8, 16)
+    odd, small = on_grid(plain, 4, 48), on_grid(plain, 8, 16)
     assert "right for groups of a power of two, got group_size 48" in str(Openvino().supports(odd).reason)
     assert "activation_group must be at most group_size (16), got 32" in str(Openvino().supports(small).reason)
     assert Openvino(activation_group=16).supports(small)
     assert Openvino(activation_dtype=Dtype.float32).supports(small).native_format == "int8 group 16"
     lopsided = llama.variant(tmp_path / "lopsided", llama.shape(feed_forward_size=77))
-    assert "4-bit rows of an even length" in str(Openvino().supports(quantised(lopsided, 4, 0)).reason)
+    assert "4-bit rows of an even length" in str(Openvino().supports(on_grid(lopsided, 4, 0)).reason)
     half = Openvino(weight_dtype=Dtype.float32, kv_cache_dtype=Dtype.bfloat16)
     assert "must be auto or float16 or float32, got bfloat16" in str(half.supports(plain).reason)
     with pytest.raises(UserError, match="openvino cannot run v: beside float32 activations"):
@@ -346,7 +340,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path, monkeypat
     assert "got 'hasten_lstm'" in str(Openvino().supports(write_variant(tmp_path / "lstm", lstm())).reason)
     widened = Openvino(weight_dtype=Dtype.bfloat16, activation_dtype=Dtype.float32)
     assert "weight_dtype must be float32" in str(widened.supports(plain).reason)
-    assert widened.supports(quantised(plain, 8, 32))  # only its embedding is of floats
+    assert widened.supports(on_grid(plain, 8, 32))  # only its embedding is of floats
     monkeypatch.setattr(engines, "cpu_flags", list)
     assert Openvino(weight_dtype=Dtype.auto).supports(plain).native_format == "float32"
     assert "no bfloat16" in str(

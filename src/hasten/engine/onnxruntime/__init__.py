@@ -8,7 +8,7 @@ The loop over tokens is our own (`model` is one call of it) and needs `onnxrunti
 a second wheel around that same call, with a search and a tokenizer that we do not want. Requests that run at the same
 time share the reading of the weights: each pass gives every one of them a token. Prompts go first, one by one.
 
-ONNX Runtime reports to its makers by default, which is switched off before it is imported (`library`).
+ONNX Runtime reports to its makers by default, which is switched off before it is imported (`runtime`).
 
     python pipelines/evaluate.py engine=onnxruntime variant=int4 engine.slots=8
 """
@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hasten.artifacts import SCHEMA, Json, Variant, read_json, write_json
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, built
-from hasten.engine.onnxruntime.library import rounds_activations
 from hasten.engine.onnxruntime.model import Model
+from hasten.engine.onnxruntime.runtime import rounds_activations
 from hasten.engine.sampling import probabilities
 from hasten.engine.streaming import Flight, Stream
 from hasten.errors import UserError

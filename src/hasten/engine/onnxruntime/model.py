@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hasten.engine.onnxruntime.library import runtime
+from hasten.engine.onnxruntime.runtime import runtime
 
 if TYPE_CHECKING:
     import numpy as np
