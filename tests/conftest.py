@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 from hasten.config import QUIET
@@ -9,3 +10,10 @@ from hasten.config import QUIET
 os.environ.update(QUIET)
 settings.register_profile("shared", deadline=None)  # on a machine that others use too, a slow example is no bug
 settings.load_profile("shared")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A whole pipeline may take longer than `timeout` says."""
+    for item in items:
+        if "smoke" in item.path.parts or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))

@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,15 @@ def test_accumulating_two_half_batches_is_one_step_on_the_whole(folder: Path, tm
     assert all(torch.allclose(whole[name], halves[name], atol=1e-4) for name in whole)
 
 
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ForkServerContext]:
+    """A server that imports lightning once for all children; gone afterwards, as a feed's server blocks SIGTERM."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    yield context
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # the only way: Python's own tests take it too
+
+
 def kill_in_the_middle(folder: Path, scratch: Path, step: int, changes: dict[str, Any]) -> None:
     """In a process of its own: train until the process is killed at a step."""
     fitted(folder, scratch, metrics=Interrupting(step, signal.SIGKILL), **changes)
@@ -115,11 +126,9 @@ def kill_in_the_middle(folder: Path, scratch: Path, step: int, changes: dict[str
     ids=["plain", "accumulate", "next epoch", "workers", "recomputing"],
 )
 def test_a_fit_killed_in_the_middle_is_resumed_to_the_same_weights(
-    folder: Path, tmp_path: Path, changes: dict[str, Any], step: int
+    folder: Path, processes: ForkServerContext, tmp_path: Path, changes: dict[str, Any], step: int
 ) -> None:
     changes = {"log_every_steps": 1, **changes}
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])  # lightning is imported once for all children
     child = processes.Process(target=kill_in_the_middle, args=(folder, tmp_path / "killed", step, changes))
     child.start()
     child.join(120)
