@@ -27,7 +27,7 @@ repro: $(STAMP) ## run the plan: text -> model -> variants -> measurements -> ve
 	python pipelines/show.py
 
 test: $(STAMP) ## the tests (fast ones and the smoke test of the whole graph)
-	pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile --ignore tests/smoke
+	pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile --max-worker-restart 0 --ignore tests/smoke
 	pytest -m "not slow" tests/smoke
 
 test-all: $(STAMP) ## every test, the slow ones too
