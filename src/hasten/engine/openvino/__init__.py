@@ -154,6 +154,8 @@ def has_bfloat16() -> bool:
 class OpenvinoSession(Session):
     """A compiled graph and a thread that makes its passes. `submit` may be called from several threads."""
 
+    kept = False
+
     def __init__(self, engine: Openvino, variant: Variant) -> None:
         from hasten.engine.openvino.passes import Pass, Sequence
         from hasten.model.config_json import from_huggingface
