@@ -20,11 +20,11 @@ class Champion(PythonModel):
     """A variant on its engine."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from hasten.artifacts import load_checkpoint
+        from hasten.artifacts import Variant
         from hasten.engine.described import engine_of
         from hasten.tokenizer.base import load_tokenizer
 
-        variant = load_checkpoint(Path(context.artifacts["variant"]))
+        variant = Variant(Path(context.artifacts["variant"]))
         engine = engine_of(json.loads(Path(context.artifacts["engine"]).read_text()))
         self.tokenizer = load_tokenizer(variant.path)
         self.session = engine.load(variant, Path(".work", "engines"))
