@@ -214,6 +214,13 @@ class Engine(ABC):
     def thread_count(self) -> int:
         return self.threads or cpu_count()
 
+    @property
+    def converts(self) -> bool:
+        """Whether it rounds a variant's numbers by itself and runs those: then what is known of the variant is not of
+        them.
+        """
+        return False
+
     @abstractmethod
     def supports(self, variant: Variant) -> Support:
         """In which native format this engine runs `variant`, or why it cannot. Loads nothing."""

@@ -93,6 +93,10 @@ class Llamacpp(Engine):
         """The KV cache's type with `auto` resolved."""
         return Dtype.float16 if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
 
+    @property
+    def converts(self) -> bool:
+        return self.conversion is not Conversion.none
+
     def supports(self, variant: Variant) -> Support:
         missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
         if missing:
@@ -100,7 +104,7 @@ class Llamacpp(Engine):
         if reason := gguf.unsupported(variant, self.max_context):
             return Support(reason=reason)
         kind = gguf.format_name(variant, self.weights)
-        if self.conversion is not Conversion.none:
+        if self.converts:
             if variant.manifest.get("grid"):
                 return Support(reason=f"engine.conversion={self.conversion.value} rounds floats, this lies on a grid")
             kind = self.conversion.value
@@ -112,12 +116,11 @@ class Llamacpp(Engine):
 
     def build(self, variant: Variant, cache: Path) -> Path:
         """The folder that holds `variant` as `model.gguf` and its facts; written once, then found again."""
-        converted = self.conversion is not Conversion.none
-        kind = self.conversion.name if converted else self.weights.name
+        kind = self.conversion.name if self.converts else self.weights.name
         folder = cache / "llamacpp" / f"{variant.hash}-{kind}-{gguf.FORMAT}"
 
         def make(temporary: Path) -> None:
-            encoder = Converter.of(variant, self.conversion) if converted else None
+            encoder = Converter.of(variant, self.conversion) if self.converts else None
             facts = gguf.write(variant, self.weights, temporary / "model.gguf", text=False, encoder=encoder)
             write_json(temporary / "manifest.json", facts)
 
