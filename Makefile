@@ -28,7 +28,7 @@ repro: $(STAMP) ## run the plan: text -> model -> variants -> measurements -> ve
 
 test: $(STAMP) ## the tests (fast ones and the smoke test of the whole graph)
 	pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile --max-worker-restart 0 --ignore tests/smoke
-	pytest -m "not slow" tests/smoke
+	pytest -m "not slow" -n 2 --dist loadfile --max-worker-restart 0 tests/smoke
 
 test-all: $(STAMP) ## every test, the slow ones too
 	pytest

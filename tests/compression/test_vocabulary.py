@@ -161,15 +161,15 @@ def greedy(variant: Checkpoint, prompt: tuple[int, ...], tokens: int) -> list[in
     return ids[len(prompt) :]
 
 
-def test_every_engine_runs_it_and_its_integers(study: Study, tmp_path: Path) -> None:
+def test_every_engine_runs_it_and_its_integers(study: Study, tmp_path: Path, cache: Path) -> None:
     child, _ = make_variant(Rtn(bits=4), study.made, None, name="small-int4", target=tmp_path / "child", seed=0)
     assert child.lineage == ["baseline", "small", "small-int4"]
     prompt = tuple(load_tokenizer(study.made.path).prompt_ids("The lazy fox"))
     expected = greedy(study.made, prompt, 8)
     for engine in engines():
-        with closing(engine.load(study.made, tmp_path)) as session:
+        with closing(engine.load(study.made, cache)) as session:
             assert [token.id for token in session.submit(Request(0, prompt, 8))] == expected, engine.name
-        with closing(type(engine)(**EXACT).load(child, tmp_path)) as session:
+        with closing(type(engine)(**EXACT).load(child, cache)) as session:
             assert len([token.id for token in session.submit(Request(0, prompt, 4))]) == 4, engine.name
 
 

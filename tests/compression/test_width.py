@@ -219,7 +219,7 @@ def engines() -> Iterator[Engine]:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
-def test_every_engine_runs_it_and_its_integers(family: str, tmp_path: Path) -> None:
+def test_every_engine_runs_it_and_its_integers(family: str, tmp_path: Path, cache: Path) -> None:
     config: ModelConfig = {"gemma3": llama.gemma("SF")}.get(family) or llama.CASES[family]
     parent = llama.variant(tmp_path / "baseline", config)
     method = Width(heads=2, feed_forward=0.5, hidden=32, multiple_of=32)
@@ -233,9 +233,9 @@ def test_every_engine_runs_it_and_its_integers(family: str, tmp_path: Path) -> N
         for _ in range(8):
             expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
     for engine in engines():
-        with closing(engine.load(slim, tmp_path)) as session:
+        with closing(engine.load(slim, cache)) as session:
             assert llama.ids(session.submit(Request(0, prompt, 8))) == expected[9:], engine.name
-        with closing(type(engine)(threads=1, max_context=64).load(int8, tmp_path)) as session:
+        with closing(type(engine)(threads=1, max_context=64).load(int8, cache)) as session:
             assert len(llama.ids(session.submit(Request(0, prompt, 4)))) == 4, engine.name
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+
+from tests.engine import llama
+from tests.engine.shelf import Shelf
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where kernels are compiled once for all tests."""
-    return tmp_path_factory.mktemp("cache")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """With a draft beside all others, for those that want one."""
+    folder = tmp_path_factory.mktemp("shelf")
+    one = llama.shape(layers=1)
+    llama.variant(folder / "draft", one, llama.random_tensors(one, seed=1))
+    return Shelf(folder)

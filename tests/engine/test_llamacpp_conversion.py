@@ -83,6 +83,7 @@ def test_a_converted_model_answers_and_says_what_it_is(tmp_path: Path, conversio
     with closing(Llamacpp(threads=1, weight_dtype=Dtype.float16, max_context=64).load(variant, tmp_path)) as session:
         assert session.weight_bytes_per_token > 1.5 * converted  # and another file, though of the same variant
     assert engine.describe()["conversion"] == conversion.value
+    assert engine.converts and not Llamacpp().converts
 
 
 def test_what_lies_on_a_grid_is_not_rounded_again(tmp_path: Path) -> None:

@@ -47,38 +47,6 @@ def quantised(variant: Variant, bits: int, group_size: int, name: str = "", scal
     return Variant(folder)
 
 
-@pytest.mark.parametrize("name", [*llama.CASES, "mistral-slides"])
-def test_greedy_continuations_equal_our_network(tmp_path: Path, cache: Path, name: str) -> None:
-    slides = llama.shape(sliding_window=8, head_size=24)
-    variant = llama.variant(tmp_path / "v", llama.CASES.get(name, slides))
-    model = load_network(variant).eval()
-    with session(variant, cache, micro_batch=32) as engine:
-        for seed, length in enumerate((1, 9, 40, 100)):
-            asked = prompt(length, seed)
-            found = ids(engine.submit(Request(seed, asked, TOKENS)))
-            assert far_from_best(model, asked, found) < NEAR_TIE
-        assert len(set(found)) > 4  # a model that repeats itself would prove little
-
-
-@pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (8, 32), (8, 64), (4, 0), (4, 32), (4, 64)])
-@pytest.mark.parametrize("name", ["llama-biases", "gemma3"])
-def test_integers_are_multiplied_as_they_are(
-    tmp_path: Path, cache: Path, name: str, bits: int, group_size: int
-) -> None:
-    variant = quantised(llama.variant(tmp_path / "v", llama.CASES[name]), bits, group_size, scale=Scale.signed)
-    model = load_network(variant).eval()
-    prompts = [prompt(20, seed) for seed in range(20)]
-    with session(variant, cache) as exact:
-        assert exact.kernel.startswith(f"int{bits} ")
-        for asked in prompts[:3]:
-            assert far_from_best(model, asked, ids(exact.submit(Request(0, asked, TOKENS)))) < NEAR_TIE
-    with session(variant, cache, activation_dtype=Dtype.auto) as engine:
-        assert engine.arithmetic == "int8"
-        firsts = [ids(engine.submit(Request(i, asked, 1))) for i, asked in enumerate(prompts)]
-    # Activations are rounded to 8 bits on the way, so near ties may fall otherwise.
-    assert sum(far_from_best(model, *pair) == 0 for pair in zip(prompts, firsts, strict=True)) >= 16
-
-
 @pytest.mark.skipif("avx512f" not in cpu_flags(), reason="the portable kernels are the ones that all tests use")
 def test_a_processor_without_the_instructions_computes_the_same(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -109,21 +77,6 @@ def test_bfloat16_weights_and_a_half_cache_are_close(tmp_path: Path, cache: Path
     assert max(worst) < 0.5
 
 
-def test_requests_side_by_side_get_the_answers_they_get_alone(tmp_path: Path, cache: Path) -> None:
-    """Sixty-four of unequal lengths in sixteen slots, prompts cut where a pass is full."""
-    variant = llama.variant(tmp_path / "v", llama.shape())
-    model = load_network(variant).eval()
-    requests = [Request(i, prompt(1 + 7 * i % 61, i), 5 + i % 20) for i in range(64)]
-    with session(variant, cache, slots=16, micro_batch=24) as engine:
-        streams = [engine.submit(request) for request in requests]
-        answers = [list(stream) for stream in streams]
-    for request, tokens in zip(requests, answers, strict=True):
-        assert [token.request for token in tokens] == [request.id] * request.max_tokens
-        assert far_from_best(model, request.prompt, [token.id for token in tokens]) < NEAR_TIE
-    starts, ends = zip(*((tokens[0].seconds, tokens[-1].seconds) for tokens in answers[:16]), strict=True)
-    assert any(starts[i + 1] < ends[i] for i in range(15))  # not one after the other
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.1])
 def test_guesses_change_how_long_it_takes_and_not_a_token(tmp_path: Path, cache: Path, temperature: float) -> None:
     """A prompt that repeats itself, so that some guesses are right."""
@@ -146,25 +99,6 @@ def loaded(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Na
         yield one
 
 
-def test_a_session_closed_in_the_middle_ends_its_streams(tmp_path: Path, cache: Path) -> None:
-    with session(llama.variant(tmp_path / "v", llama.shape()), cache) as engine:
-        running, waiting = (engine.submit(Request(i, prompt(4), 250)) for i in range(2))
-        next(running)
-    assert len(list(running)) < 250
-    assert list(waiting) == []
-    with pytest.raises(RuntimeError, match="closed"):
-        engine.submit(Request(2, prompt(4), 1))
-    engine.close()  # twice does no harm
-
-
-def test_what_does_not_fit_is_refused(loaded: NativeSession) -> None:
-    assert len(ids(loaded.submit(Request(0, prompt(246), 10)))) == 10
-    with pytest.raises(UserError, match=r"prompt \(246\) and max_tokens \(11\) must fit max_context \(256\)"):
-        loaded.submit(Request(0, prompt(246), 11))
-    with pytest.raises(UserError, match="token ids must be 0 to 319, got 320"):
-        loaded.submit(Request(0, (5, 320), 1))
-
-
 def test_the_session_says_what_it_runs_and_what_it_holds(loaded: NativeSession) -> None:
     config = llama.shape()
     matrices = sum(v.numel() * 4 for v in llama.random_tensors(config).values() if v.dim() == 2)
@@ -182,16 +116,6 @@ def test_longer_groups_are_fewer_bytes(tmp_path: Path, cache: Path) -> None:
         with session(quantised(variant, 4, group_size), cache) as engine:
             sizes.append(engine.weight_bytes_per_token)
     assert sizes[1] < sizes[0]
-
-
-def test_logits_that_are_not_finite_are_an_error(tmp_path: Path, cache: Path) -> None:
-    config = llama.shape()
-    tensors = llama.random_tensors(config)
-    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e38
-    variant = llama.variant(tmp_path / "v", config, tensors)
-    words = "request 3: the logits are not finite after 0 tokens"
-    with session(variant, cache) as engine, pytest.raises(RuntimeError, match=words):
-        list(engine.submit(Request(3, prompt(4), 5)))
 
 
 def test_the_build_is_kept_and_another_dtype_is_another_one(tmp_path: Path, cache: Path) -> None:

@@ -33,7 +33,6 @@ from hasten.model.grid import Grid, dequantise, stored
 from hasten.model.huggingface import load_network
 from tests.engine import llama
 from tests.engine.llama import far_from_best, ids, on_grid, prompt
-from tests.tiny import lstm, write_variant
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is not installed")
 EXACT: dict[str, Any] = {
@@ -108,36 +107,6 @@ def test_products_with_compressed_weights_are_right(
     assert bool(((torch.from_numpy(np.array(found)) - values.double() @ weight.T).abs() <= allowed).all())
 
 
-@pytest.mark.parametrize("name", [*llama.CASES, "mistral-slides"])
-def test_greedy_continuations_equal_our_network(tmp_path: Path, name: str) -> None:
-    slides = llama.shape(sliding_window=8, head_size=24)
-    variant = llama.variant(tmp_path / "v", llama.CASES.get(name, slides))
-    model = load_network(variant).eval()
-    with session(variant, tmp_path, micro_batch=32) as engine:
-        for seed, length in enumerate((1, 9, 40, 100)):
-            asked = prompt(length, seed)
-            found = ids(engine.submit(Request(seed, asked, TOKENS)))
-            assert far_from_best(model, asked, found) < NEAR_TIE
-        assert len(set(found)) > 4  # a model that repeats itself would prove little
-
-
-@pytest.mark.parametrize(("bits", "group_size"), [(8, 0), (8, 32), (8, 64), (4, 0), (4, 32), (4, 64)])
-@pytest.mark.parametrize("name", ["llama-biases", "gemma3"])
-def test_integers_are_multiplied_as_they_are(tmp_path: Path, name: str, bits: int, group_size: int) -> None:
-    variant = on_grid(llama.variant(tmp_path / "v", llama.CASES[name]), bits, group_size)
-    model = load_network(variant).eval()
-    prompts = [prompt(20, seed) for seed in range(20)]
-    with session(variant, tmp_path) as exact:
-        assert exact.kernel.startswith(f"i{bits} (")
-        assert exact.arithmetic == "float32"
-        for asked in prompts[:3]:
-            assert far_from_best(model, asked, ids(exact.submit(Request(0, asked, TOKENS)))) < NEAR_TIE
-    with session(variant, tmp_path, activation_dtype=Dtype.auto) as engine:
-        firsts = [ids(engine.submit(Request(i, asked, 1))) for i, asked in enumerate(prompts)]
-    # Activations are rounded to 8 bits on the way, so near ties may fall otherwise.
-    assert sum(far_from_best(model, *pair) == 0 for pair in zip(prompts, firsts, strict=True)) >= 16
-
-
 @pytest.mark.skipif(not has_bfloat16(), reason="this processor has no bfloat16")
 def test_integers_meet_bfloat16_if_asked(tmp_path: Path) -> None:
     variant = on_grid(llama.variant(tmp_path / "v", llama.shape()), 4, 32)
@@ -185,19 +154,6 @@ def test_half_weights_and_half_caches_are_close(tmp_path: Path, weights: Dtype, 
         worst = [far_from_best(model, p, ids(engine.submit(Request(0, p, 1)))) for p in map(prompt, range(20, 40))]
     assert sum(one == 0 for one in worst) >= 16
     assert max(worst) < 0.5
-
-
-def test_requests_side_by_side_get_the_answers_they_get_alone(tmp_path: Path) -> None:
-    """Sixty-four of unequal lengths in sixteen slots, prompts cut where a pass is full."""
-    variant = llama.variant(tmp_path / "v", llama.gemma("SF"))
-    model = load_network(variant).eval()
-    requests = [Request(i, prompt(1 + 7 * i % 61, i), 5 + i % 20) for i in range(64)]
-    with session(variant, tmp_path, slots=16, micro_batch=24) as engine:
-        streams = [engine.submit(request) for request in requests]
-        answers = [list(stream) for stream in streams]
-    for request, tokens in zip(requests, answers, strict=True):
-        assert [token.request for token in tokens] == [request.id] * request.max_tokens
-        assert far_from_best(model, request.prompt, [token.id for token in tokens]) < NEAR_TIE
 
 
 def test_a_pass_takes_the_newest_tokens_first_and_cuts_a_prompt_where_it_is_full() -> None:
@@ -264,26 +220,6 @@ def test_longer_groups_are_fewer_bytes(tmp_path: Path) -> None:
             assert engine.weight_bytes_per_token == weights // 2 + weights // group_size * 4 + 64 * 4
 
 
-def test_a_session_closed_in_the_middle_ends_its_streams(tmp_path: Path) -> None:
-    with session(llama.variant(tmp_path / "v", llama.shape()), tmp_path) as engine:
-        running, waiting = (engine.submit(Request(i, prompt(4), 250)) for i in range(2))
-        next(running)
-    assert len(list(running)) < 250
-    assert list(waiting) == []
-    with pytest.raises(RuntimeError, match="closed"):
-        engine.submit(Request(2, prompt(4), 1))
-    engine.close()  # twice does no harm
-
-
-def test_logits_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
-    tensors = llama.random_tensors(llama.shape())
-    tensors["model.layers.0.mlp.down_proj.weight"] *= 1e38
-    variant = llama.variant(tmp_path / "v", llama.shape(), tensors)
-    words = "request 3: the logits are not finite after 0 tokens"
-    with session(variant, tmp_path) as engine, pytest.raises(RuntimeError, match=words):
-        list(engine.submit(Request(3, prompt(4), 5)))
-
-
 @pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.float16, Dtype.bfloat16])
 def test_what_a_request_left_in_its_slot_meets_nobody(tmp_path: Path, dtype: Dtype) -> None:
     """Not even times zero, which would turn what is not finite into the next request's error."""
@@ -308,22 +244,6 @@ def test_what_the_library_raises_reaches_the_reader_and_the_next_request_is_answ
     assert len(ids(loaded.submit(Request(0, prompt(4), 3)))) == 3
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model.norm.weight": None}, "model.safetensors lacks model.norm.weight"),
-        ({"model.norm.weight": torch.ones(3)}, r"model.norm.weight must have shape \(64,\) by config.json, got \(3,\)"),
-        ({"model.norm.weight": torch.full((64,), torch.nan)}, "model.norm.weight holds NaN or infinite values"),
-    ],
-)
-def test_a_checkpoint_that_is_not_what_it_says_is_one_sentence(
-    tmp_path: Path, changes: dict[str, torch.Tensor | None], words: str
-) -> None:
-    variant = llama.rewrite(llama.variant(tmp_path / "v", llama.shape()), changes)
-    with pytest.raises(UserError, match=words):
-        Openvino().load(variant, tmp_path)
-
-
 def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = llama.variant(tmp_path / "v", llama.shape(hidden_size=96, head_size=24, feed_forward_size=96))
     odd, small = on_grid(plain, 4, 48), on_grid(plain, 8, 16)
@@ -337,7 +257,6 @@ def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path, monkeypat
     assert "must be auto or float16 or float32, got bfloat16" in str(half.supports(plain).reason)
     with pytest.raises(UserError, match="openvino cannot run v: beside float32 activations"):
         half.load(plain, tmp_path)
-    assert "got 'hasten_lstm'" in str(Openvino().supports(write_variant(tmp_path / "lstm", lstm())).reason)
     widened = Openvino(weight_dtype=Dtype.bfloat16, activation_dtype=Dtype.float32)
     assert "weight_dtype must be float32" in str(widened.supports(plain).reason)
     assert widened.supports(on_grid(plain, 8, 32))  # only its embedding is of floats

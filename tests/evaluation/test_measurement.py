@@ -96,6 +96,18 @@ def test_a_draft_is_recorded_with_its_hash_and_what_its_guesses_read(job):
     assert record["ceilings"]["working_set_bytes"] == 1000 + 10 * (128 + 32) + 70
 
 
+class Converting(FakeEngine):
+    converts = True
+
+
+def test_what_an_engine_rounds_by_itself_has_neither_the_variants_score_nor_its_size(job):
+    record = measurement(replace(job, engine=Converting()), finished(), machine=MACHINE, predicted=PREDICTED)
+    assert (record["converted"], record["bits_per_byte"], record["artifact_bytes"]) == (True, None, 900)
+    assert record["why"]["bits_per_byte"].endswith(f"that {Converting().name} makes: not scored")
+    plain = measurement(job, finished(), machine=MACHINE, predicted=PREDICTED)
+    assert (plain["converted"], plain["bits_per_byte"]["en"], plain["artifact_bytes"]) == (False, 1.7, 77)
+
+
 def test_what_lies_beyond_short_answers_is_recorded(job):
     record = measurement(job, finished(), machine=MACHINE, predicted=PREDICTED)
     assert record["bits_per_byte"] == {"en": 1.7, "zh": None}

@@ -53,6 +53,17 @@ def test_a_quantised_first_variant_is_no_baseline() -> None:
     assert entry["reference"] is None and entry["finalists"] == [] and "float baseline" in entry["why"]
 
 
+def test_an_engines_own_rounding_of_the_baseline_is_a_rival() -> None:
+    """As the reference it would set the accuracy that others are held to."""
+    study = (STUDY[1], Made("q4@llamacpp", ("baseline",), "identity", 0.03, 0.2, 0.0), STUDY[3])
+    measured = measurements(study)
+    assert select(measured, frames(study), **OPTIONS)["scenarios"]["qa"]["reference"] == "q4@llamacpp"
+    measured[1]["converted"] = True
+    entry = select(measured, frames(study), **OPTIONS)["scenarios"]["qa"]
+    assert entry["reference"] == "baseline@llamacpp"
+    assert "clearly more than 2" in entry["rejected"]["q4@llamacpp"]
+
+
 def test_nothing_faster_means_no_finalists() -> None:
     entry = chosen((STUDY[0], STUDY[1]))
     assert entry["finalists"] == [] and "why" not in entry

@@ -53,6 +53,19 @@ def test_what_a_worker_does_is_said_before_it_does_it(job):
     assert [answer["outcome"]["status"] for answer in script.answers] == ["ok"]
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_only_what_is_kept_is_said_to_be_found_again(job, kept):
+    class Compiling(FakeEngine):
+        def load(self, variant, cache):
+            session = super().load(variant, cache)
+            session.compile_seconds, session.kept = 2.0, kept
+            return session
+
+    outcome, _ = worker.load(replace(job, engine=Compiling()), Script())
+    assert outcome.compile_seconds == 2
+    assert ("compile_seconds" in outcome.why) == kept
+
+
 def test_a_worker_that_cannot_read_its_command_says_so():
     class Broken(Script):
         def receive(self):

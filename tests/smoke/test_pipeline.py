@@ -21,9 +21,9 @@ TRIALS = [
     "baseline-llamacpp",
     "int8-eager",
     "int8-llamacpp",
-    "shallow-eager",
-    "shallow-int4-llamacpp",
-    "small-int4-llamacpp",
+    "shallow-openvino",
+    "shallow-int4-onnxruntime",
+    "small-int4-native",
 ]
 
 
@@ -56,6 +56,11 @@ def test_every_trial_is_measured(finished: Path) -> None:
         assert measured["quality"]["jsonl"]["validation"]["n"] == 70
         assert measured["peak_memory_bytes"] > 0
         assert measured["build"]["seconds"] > 0
+        assert measured["native"] == (trial != "int8-eager")
+        assert (measured["draft"] or {}).get("variant") == ("small" if trial == "small-int4-native" else None)
+        assert (measured["speed"]["qa"]["acceptance_rate"] is None) == (trial != "small-int4-native")
+        for field in ("mbu", "mfu", "load_seconds", "weight_bytes_per_token", "kernel", "arithmetic"):
+            assert measured[field], f"{trial}: {field}: {measured['why'].get(field)}"
 
 
 def test_engines_agree_on_the_float_baseline(finished: Path) -> None:
@@ -101,17 +106,21 @@ def test_publish_rebuilds_an_empty_store(finished: Path, run: Run) -> None:
 
 
 def test_editing_a_method_re_runs_only_what_follows_from_it(finished: Path, run: Run) -> None:
-    path = finished / "conf/compression/rtn.yaml"
-    original = path.read_text()
+    edited = finished / "conf/compression/rtn.yaml", finished / "conf/compression/gptq.yaml"
+    originals = [path.read_text() for path in edited]
     try:
-        path.write_text(original.replace("head: true", "head: false"))
-        ran = executed(run("dvc", "repro").stdout)
+        edited[0].write_text(originals[0].replace("head: true", "head: false"))
+        stale = set(json.loads(run("dvc", "status", "--json").stdout))
+        edited[0].write_text(originals[0])
+        edited[1].write_text(originals[1].replace("head: true", "head: false"))
+        ran = executed(run("dvc", "repro", "select").stdout)
+        left = set(json.loads(run("dvc", "status", "--json").stdout))
     finally:
-        path.write_text(original)
-    assert ran == {
-        "probe", "compress@int8", "compress@shallow-int4", "evaluate@int8-eager", "evaluate@int8-llamacpp",
-        "evaluate@shallow-int4-llamacpp", "select", "confirm", "report",
-    }  # fmt: skip
+        for path, original in zip(edited, originals, strict=True):
+            path.write_text(original)
+    assert stale == {"probe", "compress@int8", "compress@shallow-int4"}
+    assert ran == {"probe", "compress@small-int4", "evaluate@small-int4-native", "select"}
+    assert left == {"probe", "confirm", "report"}
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from hasten.artifacts import load_checkpoint, write_json
+from hasten.artifacts import load_checkpoint, read_json, write_json
 from hasten.engine.eager import Eager
+from hasten.engine.native import Native
 from hasten.tokenizer.base import load_tokenizer
 from hasten.tracking.registry import register_champions
 from tests.tiny import decoder, write_variant
@@ -85,6 +86,22 @@ def expected(folder: Path, prompt: str, most: int) -> str:
     session = Eager(threads=1, max_context=32).load(load_checkpoint(folder), folder)  # type: ignore[arg-type]
     request = Request(0, reader.prompt_ids(prompt), most, frozenset([reader.eos_id]))
     return reader.decode([token.id for token in session.submit(request)])
+
+
+def test_a_champions_draft_comes_with_it_and_lies_beside_it(store: Path) -> None:
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{store}")
+    name = trial("int4", 1)
+    write_variant(Path("artifacts/p/variants/shallow"), decoder(seed=2))
+    path = Path(f"artifacts/p/measurements/{name}.json")
+    engine = Native(draft="shallow", guesses=3)
+    write_json(path, {**read_json(path), "options": engine.describe(), "draft": {"variant": "shallow"}})
+    register_champions(verdict(name))
+    found = Path(mlflow.artifacts.download_artifacts("models:/hasten-p-qa@champion"), "artifacts")
+    draft = engine.draft_of(load_checkpoint(found / "int4"))  # type: ignore[arg-type]
+    assert draft is not None
+    assert draft.hash == load_checkpoint(Path("artifacts/p/variants/shallow")).hash
 
 
 @pytest.mark.usefixtures("store")

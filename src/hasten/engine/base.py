@@ -138,7 +138,9 @@ class Session(ABC):
     load_seconds: float
     """Reading the weights until ready, without building or compiling."""
     compile_seconds: float = 0.0
-    """Building or compiling what is loaded (cached between runs)."""
+    """Building or compiling what is loaded."""
+    kept: bool = True
+    """Whether what was built or compiled is found again by the next run."""
 
     @abstractmethod
     def submit(self, request: Request) -> Iterator[Token]:
@@ -211,6 +213,13 @@ class Engine(ABC):
     @property
     def thread_count(self) -> int:
         return self.threads or cpu_count()
+
+    @property
+    def converts(self) -> bool:
+        """Whether it rounds a variant's numbers by itself and runs those: then what is known of the variant is not of
+        them.
+        """
+        return False
 
     @abstractmethod
     def supports(self, variant: Variant) -> Support:

@@ -41,6 +41,11 @@ def measurement(
     variant = Variant(job.variant)
     why = dict(outcome.why)
     predicted = predicted or {"languages": {}, "why": {"bits_per_byte": "no record of it was given"}}
+    if job.engine.converts:
+        predicted = {
+            "languages": {},
+            "why": {"bits_per_byte": f"of the numbers that {job.engine.name} makes: not scored"},
+        }
     why |= predicted["why"]
     continued = continuation.summary(outcome.continuations)
     if continued is None:
@@ -54,7 +59,8 @@ def measurement(
     if outcome.status != "ok":
         why.update(dict.fromkeys(("quality", "speed"), f"the trial {outcome.status}"))
     why |= {f"memory.{name}": "the engine does not say" for name, value in outcome.memory.items() if value is None}
-    if not variant.weight_bytes:
+    size = outcome.memory.get("weights") if job.engine.converts else variant.weight_bytes
+    if not size:
         why["artifact_bytes"] = f"{variant.path.name} holds no safetensors file"
     if build is None:
         why["build"] = "no record of how this variant was made was given"
@@ -73,6 +79,7 @@ def measurement(
         "status": outcome.status,
         "error": outcome.error,
         "native": outcome.native,
+        "converted": job.engine.converts,
         "lineage": variant.lineage,
         "method": variant.manifest.get("method"),
         "grid": variant.manifest.get("grid"),
@@ -85,7 +92,7 @@ def measurement(
         "draft": _draft(job, outcome),
         "kernel": outcome.kernel,
         "native_format": outcome.native_format,
-        "artifact_bytes": variant.weight_bytes or None,
+        "artifact_bytes": size or None,
         "weight_bytes_per_token": outcome.weight_bytes_per_token,
         "kv_bytes_per_position": outcome.kv_bytes_per_position,
         "arithmetic": outcome.arithmetic,

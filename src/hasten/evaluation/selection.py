@@ -124,8 +124,12 @@ def _choose(
 
 
 def is_baseline(measurement: Json) -> bool:
-    """Whether a trial ran the float baseline: the first variant of its line, made by `identity`."""
-    return len(measurement["lineage"]) == 1 and measurement["method"] == "identity"
+    """Whether a trial ran the float baseline: the first variant of its line, made by `identity`, and its own numbers.
+
+    An engine's own rounding of it is a rival: if it were the reference, what it loses would be nobody's loss.
+    """
+    first = len(measurement["lineage"]) == 1 and measurement["method"] == "identity"
+    return first and not measurement.get("converted")
 
 
 def seats(likely: Mapping[str, bool], finalists: int) -> list[str]:

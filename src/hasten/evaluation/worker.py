@@ -123,7 +123,7 @@ def load(job: Job, line: Line, *, stop_after_build: bool = False) -> tuple[Outco
             session.close()
             outcome.status = BUILT
             return outcome, None
-    elif session.compile_seconds > 0:
+    elif session.compile_seconds > 0 and session.kept:
         outcome.why["compile_seconds"] = "built by an earlier run; this is the time to find it again"
     outcome.kernel = session.kernel
     outcome.arithmetic = session.arithmetic

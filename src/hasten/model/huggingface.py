@@ -64,6 +64,31 @@ def load_network(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> 
     return model
 
 
+def checked_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A checkpoint's tensors as they are stored, floats and integers.
+
+    Raises `UserError` where one is missing, of another shape than `config.json` says, or not finite.
+    """
+    tensors = checkpoint.tensors()
+    with torch.device("meta"):
+        model = build(read_shape(checkpoint.config))
+    for name, value in model.state_dict().items():
+        packed = f"{name}_packed" in tensors
+        if name == "lm_head.weight" and model.config.tied_head and name not in tensors and not packed:
+            continue
+        found = tensors.get(f"{name}_scale" if packed else name)
+        if found is None:
+            raise UserError(f"{checkpoint.path}: model.safetensors lacks {name}")
+        shape = tuple(tensors.get(f"{name}_shape", torch.empty(0)).tolist() if packed else found.shape)
+        if shape != tuple(value.shape):
+            raise UserError(
+                f"{checkpoint.path}: {name} must have shape {tuple(value.shape)} by config.json, got {shape}"
+            )
+        if not bool(found.isfinite().all()):
+            raise UserError(f"{checkpoint.path}: {name} holds NaN or infinite values")
+    return tensors
+
+
 def network_tensors(model: Network) -> dict[str, Tensor]:
     """The tensors to save, float32 on the CPU; a tied head is stored once."""
     state = {name: value.detach().cpu().float().contiguous() for name, value in model.state_dict().items()}

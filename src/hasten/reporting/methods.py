@@ -37,7 +37,8 @@ def results(measurements: Sequence[Json], made: Mapping[str, Json]) -> str:
     rows = [["variant", "made by", "engine", "MB read per token", "decoding", *tasks, "seconds to make"]]
     for engine in sorted({m["engine"] for m in competing}):
         own = [m for m in competing if m["engine"] == engine]
-        unchanged = min((m for m in own if len(m["lineage"]) == 1), key=token_seconds, default=None)
+        floats = [m for m in own if len(m["lineage"]) == 1 and not m.get("converted")]
+        unchanged = min(floats, key=token_seconds, default=None)
         for m in sorted(own, key=token_seconds, reverse=True):
             chain = [made[name] for name in m["lineage"]]
             methods_ = " > ".join(record["tags"]["method"] for record in chain)

@@ -20,21 +20,15 @@ class Champion(PythonModel):
     """A variant on its engine."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from hasten.artifacts import load_checkpoint
-        from hasten.config import camel_case
-        from hasten.engine.base import Dtype
+        from hasten.artifacts import Variant
+        from hasten.engine.described import engine_of
         from hasten.tokenizer.base import load_tokenizer
 
-        variant = load_checkpoint(Path(context.artifacts["variant"]))
-        options = json.loads(Path(context.artifacts["engine"]).read_text())
-        module = __import__(f"hasten.engine.{options['engine']}", fromlist=["engine"])
-        dtypes = {key: Dtype[value] for key, value in options.items() if key.endswith("_dtype")}
-        engine = getattr(module, camel_case(options["engine"]))(
-            **dtypes, max_context=options["max_context"], devices=options["devices"]
-        )
+        variant = Variant(Path(context.artifacts["variant"]))
+        engine = engine_of(json.loads(Path(context.artifacts["engine"]).read_text()))
         self.tokenizer = load_tokenizer(variant.path)
         self.session = engine.load(variant, Path(".work", "engines"))
-        self.context = int(options["max_context"])
+        self.context = engine.max_context
 
     def predict(self, context: PythonModelContext, model_input: Any, params: dict[str, Any] | None = None) -> list[str]:
         from hasten.engine.base import Request

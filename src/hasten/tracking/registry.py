@@ -73,10 +73,13 @@ def _log_model(name: str, experiment: str, folder: Path, measured: Json) -> Any:
     with tempfile.TemporaryDirectory() as scratch:
         engine = Path(scratch, "engine.json")
         write_json(engine, measured["options"])
+        artifacts = {"variant": str(folder), "engine": str(engine)}
+        if draft := measured.get("draft"):
+            artifacts["draft"] = str(folder.with_name(draft["variant"]))  # it comes to lie beside the variant
         logged = mlflow.pyfunc.log_model(
             name=measured["trial"],
             python_model=str(Path(__file__).with_name("champion.py")),
-            artifacts={"variant": str(folder), "engine": str(engine)},
+            artifacts=artifacts,
             registered_model_name=name,
             signature=ModelSignature(params=ParamSchema([ParamSpec("max_tokens", "long", MAX_TOKENS)])),
             pip_requirements=["hasten"],

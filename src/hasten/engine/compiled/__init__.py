@@ -78,18 +78,16 @@ class Compiled(Engine):
 
     def supports(self, variant: Variant) -> Support:
         from hasten.engine.compiled.matrices import unsupported
-        from hasten.model.config import ModelConfig
+        from hasten.model.config_json import from_huggingface
         from hasten.model.huggingface import grid_of
-        from hasten.model.shape import read_shape
 
         if self.compile and shutil.which(os.environ.get("CXX") or "g++") is None:
             return Support(reason="engine compiled needs a C++ compiler (g++, or the one that CXX names)")
         try:
-            shape, grid = read_shape(variant.config), grid_of(variant)
+            from_huggingface(variant.config)
+            grid = grid_of(variant)
         except UserError as error:
             return Support(reason=str(error))
-        if not isinstance(shape, ModelConfig):
-            return Support(reason=f"compiled is for decoders, got {variant.config.get('model_type')!r}")
         if grid is None:
             return Support(native_format=self.weights.name)
         if self.devices != ["cpu"]:

@@ -100,12 +100,12 @@ class EagerSession(Session):
         device = self.model.lm_head.weight.device
         ids = torch.tensor([request.prompt], device=device)  # (1, T)
         generator = torch.Generator().manual_seed(request.seed)
-        for _ in range(request.max_tokens):
+        for count in range(request.max_tokens):
             with torch.inference_mode():
                 logits = self.model(ids, self.cache)[0, -1]  # (vocabulary,)
                 token = int(logits.argmax())
                 if not torch.isfinite(logits[token]):
-                    raise RuntimeError(f"request {request.id}: the logits are not finite")
+                    raise RuntimeError(f"request {request.id}: the logits are not finite after {count} tokens")
                 if request.temperature:
                     shares = probabilities(logits.cpu(), request.temperature, request.top_p)
                     token = int(torch.multinomial(shares, 1, generator=generator))

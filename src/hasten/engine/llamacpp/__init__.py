@@ -1,4 +1,4 @@
-"""llama.cpp, in this process, through the prebuilt `xllamacpp` wheel.
+"""llama.cpp, in this process, through `xllamacpp`: its prebuilt wheel, or a build for this machine (`build`).
 
 At batch 1 decoding a token reads every weight once, so fewer bytes per weight is more speed, if the
 kernel multiplies the integers as they lie in memory. llama.cpp's Q8_0 and Q4_0 do, and they are
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hasten.artifacts import Json, Variant, read_json, write_json
 from hasten.engine import gguf
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, built
+from hasten.engine.llamacpp.build import instructions, version
 from hasten.engine.llamacpp.conversion import Conversion, Converter
 from hasten.engine.streaming import Flight, Stream
 from hasten.errors import UserError
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 CONTEXT_MULTIPLE = 256  # llama.cpp allocates the KV cache in steps of this many tokens
 LARGEST_MICRO_BATCH = 2048
-INSTRUCTIONS = ("AMX_INT8", "AVX512", "AVX2", "AVX", "SVE", "NEON")
 
 
 class FlashAttention(Enum):
@@ -79,6 +79,10 @@ class Llamacpp(Engine):
         if not 1 <= self.slots <= 256:
             raise UserError(f"engine.slots must be 1 to 256, got {self.slots}")
 
+    @classmethod
+    def versions(cls) -> dict[str, str | None]:
+        return {"xllamacpp": version()}
+
     @property
     def weights(self) -> Dtype:
         """The type of float weights with `auto` resolved."""
@@ -89,6 +93,10 @@ class Llamacpp(Engine):
         """The KV cache's type with `auto` resolved."""
         return Dtype.float16 if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
 
+    @property
+    def converts(self) -> bool:
+        return self.conversion is not Conversion.none
+
     def supports(self, variant: Variant) -> Support:
         missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
         if missing:
@@ -96,7 +104,7 @@ class Llamacpp(Engine):
         if reason := gguf.unsupported(variant, self.max_context):
             return Support(reason=reason)
         kind = gguf.format_name(variant, self.weights)
-        if self.conversion is not Conversion.none:
+        if self.converts:
             if variant.manifest.get("grid"):
                 return Support(reason=f"engine.conversion={self.conversion.value} rounds floats, this lies on a grid")
             kind = self.conversion.value
@@ -108,12 +116,11 @@ class Llamacpp(Engine):
 
     def build(self, variant: Variant, cache: Path) -> Path:
         """The folder that holds `variant` as `model.gguf` and its facts; written once, then found again."""
-        converted = self.conversion is not Conversion.none
-        kind = self.conversion.name if converted else self.weights.name
+        kind = self.conversion.name if self.converts else self.weights.name
         folder = cache / "llamacpp" / f"{variant.hash}-{kind}-{gguf.FORMAT}"
 
         def make(temporary: Path) -> None:
-            encoder = Converter.of(variant, self.conversion) if converted else None
+            encoder = Converter.of(variant, self.conversion) if self.converts else None
             facts = gguf.write(variant, self.weights, temporary / "model.gguf", text=False, encoder=encoder)
             write_json(temporary / "manifest.json", facts)
 
@@ -159,8 +166,7 @@ class LlamacppSession(Session):
         self.facts = read_json(folder / "manifest.json")
         self.context = min(engine.max_context, int(self.facts["context"]))
         system = str(xllamacpp.get_system_info())
-        best = next((name for name in INSTRUCTIONS if f"{name} = 1" in system), "scalar")
-        self.kernel = f"{self.facts['format']} ({best})"
+        self.kernel = f"{self.facts['format']} ({next(iter(instructions(system)), 'scalar')})"
         self.weight_bytes_per_token = int(self.facts["weight_bytes_per_token"])
         cells = _whole_steps(self.context)
         kv_bytes = 4 if engine.kv_cache is Dtype.float32 else 2

@@ -113,17 +113,14 @@ class Native(Engine):
         return Support(reason=reason) if reason else support
 
     def _supports(self, variant: Variant) -> Support:
-        from hasten.model.config import ModelConfig
-        from hasten.model.shape import read_shape
+        from hasten.model.config_json import from_huggingface
 
         if kernels.compiler() is None:
             return Support(reason="engine native needs a C++ compiler (g++ or clang++, or the one that CXX names)")
         try:
-            shape = read_shape(variant.config)
+            from_huggingface(variant.config)
         except UserError as error:
             return Support(reason=str(error))
-        if not isinstance(shape, ModelConfig):
-            return Support(reason=f"the native kernels are a decoder's, got {variant.config.get('model_type')!r}")
         grid = variant.manifest.get("grid")
         if not grid:
             return Support(native_format=self.weights.name)
@@ -189,9 +186,9 @@ def pack(variant: Variant, dtype: Dtype, folder: Path) -> None:
 
     from hasten.engine.native.layout import Packed, Packer, packed_tensors
     from hasten.model.config_json import from_huggingface
-    from hasten.model.huggingface import grid_of
+    from hasten.model.huggingface import checked_tensors, grid_of
 
-    packer = Packer(variant.tensors(), grid_of(variant), getattr(torch, dtype.name))
+    packer = Packer(checked_tensors(variant), grid_of(variant), getattr(torch, dtype.name))
     places: dict[str, Json] = {}
     with (folder / "weights.bin").open("wb") as file:
 

@@ -66,18 +66,15 @@ class Onnxruntime(Engine):
             raise UserError(f"engine.slots must be 1 to 256, got {self.slots}")
 
     def supports(self, variant: Variant) -> Support:
-        from hasten.model.config import ModelConfig
-        from hasten.model.shape import read_shape
+        from hasten.model.config_json import from_huggingface
 
         missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
         if missing:
             return Support(reason=f'{missing[0]} is not installed: pip install "hasten[onnxruntime]"')
         try:
-            shape = read_shape(variant.config)
+            shape = from_huggingface(variant.config)
         except UserError as error:
             return Support(reason=str(error))
-        if not isinstance(shape, ModelConfig):
-            return Support(reason=f"the graph is a decoder's, got {variant.config.get('model_type')!r}")
         if shape.head_width % 16:
             return Support(reason=f"GroupQueryAttention turns heads of a multiple of 16 values, got {shape.head_width}")
         grid = variant.manifest.get("grid")
@@ -104,14 +101,14 @@ class Onnxruntime(Engine):
         """The folder that holds the graph, its weights and their facts; written once, then found again."""
         from hasten.engine.onnxruntime import graph
         from hasten.model.config_json import from_huggingface
-        from hasten.model.huggingface import grid_of
+        from hasten.model.huggingface import checked_tensors, grid_of
 
         arithmetic = self.arithmetic(variant)
         level = graph.INT8_ACTIVATIONS if arithmetic == "int8" else graph.FLOAT_ACTIVATIONS
 
         def make(folder: Path) -> None:
             config = from_huggingface(variant.config)
-            sizes = graph.write(config, variant.tensors(), grid_of(variant), level, folder)
+            sizes = graph.write(config, checked_tensors(variant), grid_of(variant), level, folder)
             write_json(folder / "manifest.json", {"schema": SCHEMA, "kind": "onnx", **sizes})
 
         return built(cache / "onnxruntime" / f"{variant.hash}-{arithmetic}-{graph.FORMAT}", make)

@@ -97,19 +97,16 @@ class Openvino(Engine):
         return self.activation_group if rounds else 0
 
     def supports(self, variant: Variant) -> Support:
-        from hasten.model.config import ModelConfig
-        from hasten.model.shape import read_shape
+        from hasten.model.config_json import from_huggingface
 
         if importlib.util.find_spec("openvino") is None:
             return Support(reason='openvino is not installed: pip install "hasten[openvino]"')
         if not metadata.version("openvino").startswith(f"{RELEASE}."):
             return Support(reason=f"its graph is made for OpenVINO {RELEASE}, got {metadata.version('openvino')}")
         try:
-            shape = read_shape(variant.config)
+            shape = from_huggingface(variant.config)
         except UserError as error:
             return Support(reason=str(error))
-        if not isinstance(shape, ModelConfig):
-            return Support(reason=f"its graph is a decoder's, got {variant.config.get('model_type')!r}")
         grid = variant.manifest.get("grid")
         if self.activation_dtype is Dtype.bfloat16 and not has_bfloat16():
             return Support(reason="this processor has no bfloat16: activation_dtype must be auto or float32")
@@ -156,6 +153,8 @@ def has_bfloat16() -> bool:
 
 class OpenvinoSession(Session):
     """A compiled graph and a thread that makes its passes. `submit` may be called from several threads."""
+
+    kept = False
 
     def __init__(self, engine: Openvino, variant: Variant) -> None:
         from hasten.engine.openvino.passes import Pass, Sequence

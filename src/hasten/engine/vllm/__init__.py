@@ -95,16 +95,13 @@ class Vllm(Engine):
         return self.reads(variant)
 
     def reads(self, variant: Variant) -> Support:
-        from hasten.model.config import ModelConfig
+        from hasten.model.config_json import from_huggingface
         from hasten.model.huggingface import grid_of
-        from hasten.model.shape import read_shape
 
         try:
-            shape, grid = read_shape(variant.config), grid_of(variant)
+            shape, grid = from_huggingface(variant.config), grid_of(variant)
         except UserError as error:
             return Support(reason=str(error))
-        if not isinstance(shape, ModelConfig):
-            return Support(reason=f"vLLM has no {variant.config.get('model_type')!r}")
         count = len(self.devices)
         if self.parallel is Parallel.tensor and shape.heads % count:
             return Support(reason=f"parallel=tensor must divide {shape.heads} heads evenly, got {count} devices")
