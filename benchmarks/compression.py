@@ -20,8 +20,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from engines import SHAPES
-from rich.console import Console
-from rich.table import Table
 
 from hasten.artifacts import Checkpoint
 from hasten.compression.base import Calibration
@@ -32,6 +30,7 @@ from hasten.evaluation.memory import peak_bytes, reset_peak
 from hasten.model.config import ModelConfig
 from hasten.model.cost_report import composed
 
+ROW = "{:>12} {:>8} {:>8} {:>8} {:>8} {:>8} {:>11}"
 METHODS = "rtn,hqq,gptq,awq,smoothquant,magnitude,wanda,sparsegpt"
 
 
@@ -87,8 +86,8 @@ def main() -> int:
     options = parser.parse_args()
     config, context = shape(options.shape), multiprocessing.get_context("spawn")
     states = 4 * options.rows * options.length * config.hidden_size
-    table = Table("method", "seconds", "peak", "parent", "layer", "states", "peak / sum", title=options.shape)
     worst = 0.0
+    print(ROW.format("method", "seconds", "peak MB", "parent", "layer", "states", "peak / sum"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with ProcessPoolExecutor(1, context) as pool:
@@ -100,9 +99,8 @@ def main() -> int:
             layer = largest_layer(config, head=issubclass(discover("compression")[method], Quantiser))
             ratio = peak / (parent + layer + states)
             worst = max(worst, ratio)
-            megabytes = [f"{value / 1e6:,.0f} MB" for value in (peak, parent, layer, states)]
-            table.add_row(method, f"{seconds:.0f}", *megabytes, f"{ratio:.2f}")
-    Console(highlight=False).print(table)
+            megabytes = [f"{value / 1e6:,.0f}" for value in (peak, parent, layer, states)]
+            print(ROW.format(method, f"{seconds:.0f}", *megabytes, f"{ratio:.2f}"), flush=True)
     return int(worst > 1)
 
 

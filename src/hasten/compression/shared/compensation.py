@@ -41,7 +41,8 @@ class Compensating(Rounding):
 
     def rounded(self, name: str, weight: Tensor, inputs: Inputs) -> Integers:
         scale = chosen_scale(weight, self.grid, self.how, inputs.gram.diagonal())
-        return by_rows(lambda *part: compensated(*part, self.factor, self.order, self.grid), weight, scale), scale
+        order, grid = self.order, self.grid
+        return by_rows(lambda rows, steps: compensated(rows, steps, self.factor, order, grid), weight, scale), scale
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
