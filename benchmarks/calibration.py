@@ -1,13 +1,14 @@
 """What calibrating in one language costs the other: methods shown English, Chinese or both, on a plan's tuned model.
 
-    python benchmarks/calibration.py                              # after `make repro`; 45 variants, 20 minutes
+    python benchmarks/calibration.py                              # after `make repro`; 45 variants, half an hour
     python benchmarks/calibration.py --settings gptq --seeds 1    # 3 variants
 
 Each variant is made as by `pipelines/compress.py` with `calibration.sequences=64 calibration.length=256
 calibration.tasks=0.5` and `+calibration.mixture={zh: 0}`, `{en: 0}` or none; a seed draws other rows. Bits per byte are
 those of held-out text (`--tokens` a language), answers those of engine `native` to all validation and test items of a
-task a language, by which nothing is selected here. Printed are means over seeds with the lowest and highest, and what
-accuracy differs by from calibration on both languages, item by item, with its standard error over items.
+task a language, by which nothing is selected here. Printed are means over seeds with the lowest and highest; of answers
+what they differ by from those of the same seed's calibration on both languages. Which items are asked adds an error of
+its own, some half a point for a single seed.
 
 Results are kept in `artifacts/<plan>/calibration.json`; a variant that is in there is not made again.
 """
@@ -108,13 +109,14 @@ def spread(values: list[float]) -> str:
 
 
 def compared(own: list[list[float]], both: list[list[float]], *, itself: bool) -> str:
-    """Percent right over seeds; points more than calibrated on both, with the standard error over items."""
-    right = f"{100 * statistics.mean(statistics.mean(one) for one in own):.1f}"
+    """Percent right over seeds; in brackets points more than with the same seed's text in both languages."""
+    right, theirs = ([100 * statistics.mean(items) for items in seeds] for seeds in (own, both))
+    shown = f"{statistics.mean(right):.1f}"
     if itself:
-        return right
-    items = [statistics.mean(a) - statistics.mean(b) for a, b in zip(zip(*own), zip(*both), strict=True)]  # noqa: B905
-    error = statistics.stdev(items) / len(items) ** 0.5
-    return f"{right} ({100 * statistics.mean(items):+.1f} ± {100 * error:.1f})"
+        return shown
+    points = [a - b for a, b in zip(right, theirs, strict=True)]
+    low, high = (f" [{min(points):+.1f}", f", {max(points):+.1f}]") if len(points) > 1 else ("", "")
+    return f"{shown} ({statistics.mean(points):+.1f}{low}{high})"
 
 
 def key(setting: str, text: str, seed: int) -> str:
