@@ -298,3 +298,12 @@ def test_artifact_bytes_hold_no_time_host_or_folder(tmp_path: Path) -> None:
     assert json.loads(header[8 : 8 + size])["__metadata__"] == {"format": "pt"}
     assert all(str(tmp_path).encode() not in path.read_bytes() for path in model_file.parent.iterdir())
     assert torch.equal(Checkpoint(tmp_path / "a").tensors()["model.norm.weight"].isfinite(), torch.ones(32).bool())
+
+
+def test_tensors_of_ones_own_are_equal_and_share_no_memory(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "c")
+    views, own = checkpoint.tensors(), checkpoint.tensors(own=True)
+    assert list(views) == list(own)
+    assert all(torch.equal(own[name], value) for name, value in views.items())
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in own.values())
+    assert len({value.data_ptr() for value in own.values()}) == len(own)

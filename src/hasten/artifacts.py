@@ -199,6 +199,15 @@ class Tokens(Artifact):
             raise UserError(f"{self.path / name} is not a readable token file: {error}") from None
 
 
+def copied(path: Path, name: str) -> torch.Tensor:
+    """One tensor of a safetensors file, which is let go of again."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name).clone()
+    return tensor
+
+
 class Checkpoint(Artifact):
     """A model as a Hugging Face directory."""
 
@@ -207,19 +216,25 @@ class Checkpoint(Artifact):
         """`config.json`."""
         return read_json(self.path / "config.json")
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor of `model.safetensors`, on the CPU. Raises `UserError` if the file is missing or corrupt."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def tensors(self, *, own: bool = False) -> dict[str, torch.Tensor]:
+        """Every tensor of `model.safetensors`, on the CPU: views of the file, read where they are touched, and held as
+        long as any of them is. own: copies, each in memory of its own, which can be given back one by one.
+
+        Raises `UserError` if the file is missing or corrupt.
+        """
+        from safetensors import SafetensorError, safe_open
 
         path = self.path / "model.safetensors"
         if not path.is_file():
             raise UserError(f"{path} does not exist; a checkpoint holds config.json and model.safetensors")
         try:
-            tensors: dict[str, torch.Tensor] = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+                if not own:
+                    return {name: file.get_tensor(name) for name in names}
+            return {name: copied(path, name) for name in names}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-        return tensors
 
     @property
     def weight_bytes(self) -> int:

@@ -10,12 +10,13 @@ from hasten.artifacts import Variant
 from hasten.compression.gptq import Gptq
 from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
-from hasten.compression.shared import compensation
+from hasten.compression.shared import rounding
 from hasten.compression.shared.layerwise import groups
 from hasten.compression.shared.quantiser import Scale, chosen_scale, nearest_scale
 from hasten.engine.base import Request
 from hasten.engine.eager import Eager
 from hasten.errors import UserError
+from hasten.model import grid as grids
 from hasten.model.grid import Grid, dequantise, integers, quantise, quantised_names
 from hasten.model.huggingface import load_network
 from tests.compression.shared.test_compensation import column_by_column
@@ -107,10 +108,12 @@ def test_padding_is_not_looked_at(tmp_path: Path) -> None:
 
 
 def test_large_heads_are_taken_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parent, child = made(tmp_path)
-    monkeypatch.setattr(compensation, "ROWS", 7)
-    again = Gptq(group_size=16).compress(parent, TEXT, 0).tensors
-    assert all(torch.equal(value, again[name]) for name, value in child.tensors().items())
+    parent, child = made(tmp_path, scale=Scale.search)
+    for module in (grids, rounding):
+        monkeypatch.setattr(module, "ROWS", 7)
+    again = Gptq(group_size=16, scale=Scale.search).compress(parent, TEXT, 0)
+    assert all(torch.equal(value, again.tensors[name]) for name, value in child.tensors().items())
+    assert again.notes == {**child.manifest["notes"], "errors": pytest.approx(child.manifest["notes"]["errors"])}
 
 
 def test_damping_that_is_too_little_is_raised_and_noted(tmp_path: Path) -> None:

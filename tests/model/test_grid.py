@@ -12,6 +12,7 @@ from hasten.model.grid import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
     Grid,
+    by_rows,
     dequantise,
     floats,
     integers,
@@ -188,3 +189,24 @@ def test_the_quantization_config_is_valid_for_compressed_tensors() -> None:
     assert group.format == "pack-quantized"
     row = QuantizationConfig.model_validate(quantization_config(Grid(8, 0), ignore=[]))
     assert str(row.config_groups["group_0"].weights.strategy) == "channel"
+
+
+def test_large_matrices_are_computed_some_rows_at_a_time_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(11, 24, generator=torch.Generator().manual_seed(0))
+    grid, scale = Grid(4, 8), portable_scale(weight.view(11, 3, 8).abs().amax(-1) / 7.5)
+    largest = 0
+
+    def computed() -> list[torch.Tensor]:
+        q = quantise(weight, scale, grid)
+        return [q, dequantise(q, scale), pack(q, 4), unpack(pack(q, 4), 4, 24)]
+
+    def counted(part: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, len(part))
+        return part
+
+    whole = computed()
+    monkeypatch.setattr("hasten.model.grid.ROWS", 4)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(whole, computed(), strict=True))
+    assert torch.equal(by_rows(counted, weight), weight)
+    assert largest == 4

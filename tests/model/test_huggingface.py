@@ -13,7 +13,7 @@ from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
 from hasten.errors import UserError
 from hasten.model.decoder import Decoder
-from hasten.model.huggingface import load_network, network_tensors, save_checkpoint
+from hasten.model.huggingface import finite, load_network, network_tensors, save_checkpoint
 from tests.tiny import decoder, shape, write_checkpoint, write_variant
 
 IDS = torch.tensor([[0, 5, 17, 60, 3, 99, 42, 8]])
@@ -160,3 +160,13 @@ def test_many_problems_are_counted_not_listed(tmp_path: Path) -> None:
     (checkpoint.path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="and 6 more"):  # the second block's 9 tensors
         load_network(Variant(checkpoint.path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_value_in_a_million_is_found(value: float) -> None:
+    tensor = torch.zeros(2**10 + 1, 2**10)
+    assert finite(tensor)
+    tensor[-1, -1] = value
+    assert not finite(tensor)
+    assert finite(torch.zeros(0, 3))
+    assert finite(torch.ones(3, dtype=torch.int8))

@@ -1,25 +1,34 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from hasten.artifacts import Json, write_json
-from hasten.config import discover
-from hasten.reporting.methods import load, methods, results
+import pytest
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "methods.md"
+from hasten.artifacts import Json, read_json, write_json
+from hasten.config import discover
+from hasten.errors import UserError
+from hasten.reporting.methods import making, methods, results, screened
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "methods.md"
 
 
 def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
 
 
-def measured(variant: str, lineage: list[str], tpot: float, accuracy: float, **changes: Any) -> Json:
+def measured(variant: str, lineage: list[str], tpot: float | None, accuracy: float, **changes: Any) -> Json:
     return {
-        "trial": variant, "variant": variant, "engine": "native", "status": "ok", "native": True, "lineage": lineage,
-        "weight_bytes_per_token": 2_500_000, "speed": {"qa": {"tpot_seconds_p50": tpot}},
+        "trial": f"{variant}-native", "variant": variant, "engine": "native", "status": "ok", "native": True,
+        "lineage": lineage, "weight_bytes_per_token": 2_500_000, "speed": {"qa": {"tpot_seconds_p50": tpot}},
         "quality": {"sums": {"validation": {"accuracy": accuracy}}}, **changes,
     }  # fmt: skip
+
+
+def judged(found: list[Json], **confirmed: Any) -> Json:
+    return {"plan": "mine", "scenarios": {"qa": {"confirmed": confirmed}}, "screened": screened(found, MADE)}
 
 
 def record(method: str, seconds: float) -> Json:
@@ -36,40 +45,57 @@ def test_every_method_has_a_row_and_the_document_has_the_table() -> None:
     assert table in DOCUMENT.read_text()
 
 
+def test_the_document_has_the_results_of_the_committed_reports() -> None:
+    verdicts = [read_json(ROOT / "reports" / plan / "verdict.json") for plan in ("default", "gemma3")]
+    told = {verdict["plan"]: verdict for verdict in verdicts if "screened" in verdict}  # not in older reports
+    assert "default" in told
+    for verdict in told.values():
+        assert results(verdict) in DOCUMENT.read_text()
+
+
 def test_a_chain_is_compared_with_the_unchanged_model_on_its_engine() -> None:
     found = [
         measured("baseline", ["baseline"], 2e-3, 0.8),
         measured("small", ["baseline", "shallow", "small"], 0.5e-3, 0.75),
-        measured("baseline", ["baseline"], 1e-3, 0.9, engine="other"),
+        measured("baseline", ["baseline"], 1e-3, 0.9, engine="other", trial="baseline-other"),
     ]
-    assert cells(results(found, MADE)) == [
-        ["variant", "made by", "engine", "MB read per token", "decoding", "sums", "seconds to make"],
-        ["-"] * 7,
-        ["`baseline`", "identity", "native", "2.50", "1.00x", "80.0 (+0.0)", "0.5"],
-        ["`small`", "identity > depth > rtn", "native", "2.50", "4.00x", "75.0 (-5.0)", "2.8"],
-        ["`baseline`", "identity", "other", "2.50", "1.00x", "90.0 (+0.0)", "0.5"],
+    speedup = {"ratio": 3.5, "ci95": [3.25, 3.75]}
+    verdict = judged(found, **{"small-native": {"speedup": speedup}, "baseline-native": {"speedup": None}})
+    assert json.loads(json.dumps(verdict, allow_nan=False)) == verdict
+    assert cells(results(verdict)) == [
+        ["variant", "made by", "engine", "MB read per token", "decoding", "confirmed", "sums", "seconds to make"],
+        ["-"] * 8,
+        ["`baseline`", "identity", "native", "2.50", "1.00x", "-", "80.0 (+0.0)", "0.5"],
+        ["`small`", "identity > depth > rtn", "native", "2.50", "4.00x", "3.50x [3.25, 3.75]", "75.0 (-5.0)", "2.8"],
+        ["`baseline`", "identity", "other", "2.50", "1.00x", "-", "90.0 (+0.0)", "0.5"],
     ]
 
 
 def test_what_failed_or_is_dequantised_or_was_not_asked_is_not_compared() -> None:
+    more = {"more": {"validation": {"accuracy": 1.0}}}
     found = [
         measured("shallow", ["baseline", "shallow"], 1e-3, 0.7),  # without a baseline on this engine
         measured("baseline", ["baseline"], 1e-3, 0.7, status="failed"),
         measured("small", ["baseline", "small"], 1e-3, 0.7, native=False),
-        measured(
-            "baseline", ["baseline"], 1e-3, 0.7, engine="other", quality={"more": {"validation": {"accuracy": 1.0}}}
-        ),
+        measured("unrecorded", ["baseline", "unrecorded"], 1e-3, 0.7),
+        measured("baseline", ["baseline"], 1e-3, 0.7, engine="other", quality=more),
+        measured("small", ["baseline", "small"], None, 0.7, engine="other"),
     ]
-    rows = cells(results(found, MADE))[2:]
-    assert rows[0] == ["`shallow`", "identity > depth", "native", "2.50", "-", "-", "70.0", "2.5"]
-    assert [row[2] for row in rows] == ["native", "other"]
-    assert rows[1][5:7] == ["100.0 (+0.0)", "-"]
+    rows = cells(results(judged(found)))[2:]
+    assert rows[0] == ["`shallow`", "identity > depth", "native", "2.50", "-", "-", "-", "70.0", "2.5"]
+    assert [row[2] for row in rows] == ["native", "other", "other"]
+    assert rows[1][4:8] == ["-", "-", "-", "70.0"]  # never timed
+    assert rows[2][4:8] == ["1.00x", "-", "100.0 (+0.0)", "-"]
 
 
-def test_a_plans_folder_is_read(tmp_path: Path) -> None:
-    write_json(tmp_path / "measurements" / "a.json", measured("baseline", ["baseline"], 1e-3, 0.7))
-    write_json(tmp_path / "runs" / "compress-x.json", {"tags": {"variant": "baseline", "method": "identity"}})
-    write_json(tmp_path / "runs" / "evaluate-x.json", {"tags": {"variant": "baseline"}})
-    measurements, made = load(tmp_path)
-    assert [m["trial"] for m in measurements] == ["baseline"]
-    assert made["baseline"]["tags"]["method"] == "identity"
+def test_a_report_of_before_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"verdict\.json of plan old must say what was screened: run its `report` again"
+    ):
+        results({"plan": "old", "scenarios": {}})
+
+
+def test_records_of_compress_are_read_by_variant(tmp_path: Path) -> None:
+    write_json(tmp_path / "compress-x.json", {"tags": {"variant": "baseline", "method": "identity"}})
+    write_json(tmp_path / "evaluate-x.json", {"tags": {"variant": "baseline"}})
+    assert making(tmp_path) == {"baseline": {"tags": {"variant": "baseline", "method": "identity"}}}

@@ -51,8 +51,7 @@ class Awq(Quantiser):
         config, tensors = self.untied(parent)
         scaled = Protecting(self.grid, self.powers)
         walk(model, text, scaled)
-        tensors |= changed(model, tensors)
-        model.untie()
+        tensors |= {name: value for name, value in changed(model, tensors).items() if not self.quantises(name)}
         work = Clipping(self.grid, self.scale, plain=UNCLIPPED)
-        walk(model, text, work, head=self.head)
+        walk(model, text, work, head=self.head, last=True)
         return self.stored(config, tensors, work.integers, errors=work.errors, powers=scaled.powers)

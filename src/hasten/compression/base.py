@@ -98,7 +98,7 @@ class Compressor(ABC):
             kind, families = parent.config["model_type"], ", ".join(FAMILIES)
             raise UserError(f"{self.name} is for decoders ({families}), got model_type {kind!r}")
         self.refuse_quantised(parent)
-        model = load_network(parent)
+        model = load_network(parent, own=True)
         assert isinstance(model, Decoder)
         return model.eval()
 

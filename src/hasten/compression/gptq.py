@@ -52,7 +52,6 @@ class Gptq(Quantiser):
 
         text, model = self.given(calibration), self.network(parent)
         config, tensors = self.untied(parent)
-        model.untie()
         work = Compensating(self.grid, self.scale, damping=self.damping, act_order=self.act_order)
-        walk(model, text, work, head=self.head)
+        walk(model, text, work, head=self.head, last=True)
         return self.stored(config, tensors, work.integers, errors=work.errors, damping_raised=work.raised)

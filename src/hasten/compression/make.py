@@ -21,15 +21,13 @@ def make_variant(
 
     Raises `UserError` if the method refuses, or if what it made holds NaN or infinite values.
     """
-    import torch
-
-    from hasten.model.huggingface import save_checkpoint
+    from hasten.model.huggingface import finite, save_checkpoint
 
     start = time.perf_counter()
     made = method.compress(parent, calibration, seed)
     seconds = time.perf_counter() - start
     for tensor, value in made.tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if not finite(value):
             raise UserError(f"{method.name} made NaN or infinite values in {tensor} of variant {name}")
     lineage = parent.lineage if isinstance(parent, Variant) else []
     values = {field.name: getattr(method, field.name) for field in fields(method)}

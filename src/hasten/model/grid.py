@@ -13,6 +13,7 @@ little-endian fields, integers shifted to unsigned), `<name>.weight_scale` (out,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from hasten.errors import UserError, one_of
 BITS = (4, 8)
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero
 LARGEST_SCALE = 65280.0  # the largest bfloat16 below float16's end
+ROWS = 4096
+"""Rows of a matrix that are computed with at once: a head has one for every word."""
 
 
 @dataclass(frozen=True)
@@ -71,37 +74,67 @@ def portable_scale(scale: torch.Tensor) -> torch.Tensor:
     return rounded.clamp(min=SMALLEST_SCALE)
 
 
+def by_rows(function: Callable[..., torch.Tensor], *matrices: torch.Tensor) -> torch.Tensor:
+    """function(*matrices), where each row of the result comes from the same row of each: some rows at a time, so that
+    what is computed on the way stays small.
+    """
+    parts = zip(*(matrix.split(ROWS) for matrix in matrices), strict=True)
+    first = function(*next(parts))
+    if len(matrices[0]) <= ROWS:
+        return first
+    result = first.new_empty(len(matrices[0]), *first.shape[1:])
+    result[:ROWS] = first
+    for number, part in enumerate(parts, 1):
+        result[number * ROWS : (number + 1) * ROWS] = function(*part)
+    return result
+
+
 def quantise(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Round to the grid, half to even. weight (out, in), scale (out, groups) -> int8 (out, in)."""
-    out, columns = weight.shape
-    grouped = weight.float().view(out, grid.groups(columns), -1)
-    q = torch.round(grouped / scale.float().unsqueeze(-1)).clamp(grid.lowest, grid.highest)
-    return q.to(torch.int8).view(out, columns)
+
+    def rounded(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        out, columns = weight.shape
+        grouped = weight.float().view(out, grid.groups(columns), -1)
+        q = torch.round(grouped / scale.float().unsqueeze(-1)).clamp(grid.lowest, grid.highest)
+        return q.to(torch.int8).view(out, columns)
+
+    return by_rows(rounded, weight, scale)
 
 
 def dequantise(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """q (out, in) int8, scale (out, groups) -> float32 (out, in)."""
-    out, columns = q.shape
-    return (q.view(out, scale.shape[1], -1).float() * scale.float().unsqueeze(-1)).view(out, columns)
+
+    def multiplied(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        out, columns = q.shape
+        return (q.view(out, scale.shape[1], -1).float() * scale.float().unsqueeze(-1)).view(out, columns)
+
+    return by_rows(multiplied, q, scale)
 
 
 def pack(q: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 (out, in) -> int32 (out, ceil(in * bits / 32)), lowest field first, shifted to unsigned."""
-    out, columns = q.shape
     per_word = 32 // bits
-    unsigned = q.to(torch.int64) + 2 ** (bits - 1)
-    padded = torch.nn.functional.pad(unsigned, (0, -columns % per_word)).view(out, -1, per_word)
-    words: torch.Tensor = (padded << (torch.arange(per_word) * bits)).sum(dim=-1)
-    words -= (words >= 2**31) * 2**32  # the same bits, read as signed
-    return words.to(torch.int32)
+
+    def packed(q: torch.Tensor) -> torch.Tensor:
+        unsigned = q.to(torch.int64) + 2 ** (bits - 1)
+        padded = torch.nn.functional.pad(unsigned, (0, -q.shape[1] % per_word)).view(len(q), -1, per_word)
+        words: torch.Tensor = (padded << (torch.arange(per_word) * bits)).sum(dim=-1)
+        words -= (words >= 2**31) * 2**32  # the same bits, read as signed
+        return words.to(torch.int32)
+
+    return by_rows(packed, q)
 
 
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """The inverse of `pack`: int32 (out, words) -> int8 (out, columns)."""
-    words = packed.to(torch.int64) & 0xFFFFFFFF
-    fields: torch.Tensor = (words.unsqueeze(-1) >> (torch.arange(32 // bits) * bits)) & (2**bits - 1)
-    shifted: torch.Tensor = fields.flatten(1)[:, :columns] - 2 ** (bits - 1)
-    return shifted.to(torch.int8)
+
+    def integers(packed: torch.Tensor) -> torch.Tensor:
+        words = packed.to(torch.int64) & 0xFFFFFFFF
+        fields: torch.Tensor = (words.unsqueeze(-1) >> (torch.arange(32 // bits) * bits)) & (2**bits - 1)
+        shifted: torch.Tensor = fields.flatten(1)[:, :columns] - 2 ** (bits - 1)
+        return shifted.to(torch.int8)
+
+    return by_rows(integers, packed)
 
 
 def stored(name: str, q: torch.Tensor, scale: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:

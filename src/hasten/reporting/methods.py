@@ -1,16 +1,17 @@
-"""Every compression method in a row, from the code; and what methods did to a plan's model, from its measurements.
+"""Every compression method in a row, from the code; and what methods did to a plan's model, from its report.
 
-    python -m hasten.reporting.methods             # Markdown, as in docs/methods.md
-    python -m hasten.reporting.methods default     # with the results of artifacts/default
+    python -m hasten.reporting.methods                    # Markdown, as in docs/methods.md
+    python -m hasten.reporting.methods default gemma3     # with the results in reports/default and reports/gemma3
 
-Speed is what `evaluate` screened, one trial after the other: the time per token beside the unchanged model's on the
-same engine. A speed-up that has been confirmed, in turns and with an interval, is in the plan's report.
+`decoding` is what `evaluate` screened, one trial after the other: the time per token beside the unchanged model's on
+the same engine. `confirmed` is a request's speed-up beside the report's reference, in turns and with an interval.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from pathlib import Path
 from hasten.artifacts import Json, read_json
 from hasten.compression.base import Compressor
 from hasten.config import discover
+from hasten.errors import UserError
+from hasten.reporting.verdict import times
 
 
 def methods() -> str:
@@ -30,39 +33,75 @@ def methods() -> str:
     return markdown(rows)
 
 
-def results(measurements: Sequence[Json], made: Mapping[str, Json]) -> str:
-    """A row for each trial that competes on speed, engine by engine. made: the records of `compress`, by variant."""
-    competing = [m for m in measurements if m["status"] == "ok" and m["native"]]
-    tasks = sorted({task for m in competing for task in m["quality"]})
-    rows = [["variant", "made by", "engine", "MB read per token", "decoding", *tasks, "seconds to make"]]
-    for engine in sorted({m["engine"] for m in competing}):
-        own = [m for m in competing if m["engine"] == engine]
-        floats = [m for m in own if len(m["lineage"]) == 1 and not m.get("converted")]
-        unchanged = min(floats, key=token_seconds, default=None)
-        for m in sorted(own, key=token_seconds, reverse=True):
-            chain = [made[name] for name in m["lineage"]]
-            methods_ = " > ".join(record["tags"]["method"] for record in chain)
-            megabytes = f"{m['weight_bytes_per_token'] / 1e6:.2f}"
-            speed = f"{token_seconds(unchanged) / token_seconds(m):.2f}x" if unchanged else "-"
-            seconds = sum(record["metrics"]["build_seconds"] for record in chain)
-            answers = [accuracy(m, unchanged, task) for task in tasks]
-            rows.append([f"`{m['variant']}`", methods_, engine, megabytes, speed, *answers, f"{seconds:.1f}"])
+def screened(measurements: Sequence[Json], made: Mapping[str, Json]) -> list[Json]:
+    """What each trial that competes on speed was measured to do, for `verdict.json`. made: as of `making`."""
+    return [
+        {
+            "trial": m["trial"],
+            "variant": m["variant"],
+            "engine": m["engine"],
+            "converted": m["kernel"] if m.get("converted") else None,
+            "methods": [made[name]["tags"]["method"] for name in m["lineage"]],
+            "weight_bytes_per_token": m["weight_bytes_per_token"],
+            "token_seconds": token_seconds(m),
+            "accuracy": {task: own["validation"]["accuracy"] for task, own in m["quality"].items()},
+            "build_seconds": sum(made[name]["metrics"]["build_seconds"] for name in m["lineage"]),
+        }
+        for m in measurements
+        if m["status"] == "ok" and m["native"] and all(name in made for name in m["lineage"])
+    ]
+
+
+def results(verdict: Json) -> str:
+    """A row for each trial that a report's verdict says was screened, engine by engine.
+
+    Raises `UserError` for a verdict that does not say.
+    """
+    if "screened" not in verdict:
+        raise UserError(f"verdict.json of plan {verdict['plan']} must say what was screened: run its `report` again")
+    trials = verdict["screened"]
+    tasks = sorted({task for trial in trials for task in trial["accuracy"]})
+    confirmed: Json = {}
+    for scenario in verdict["scenarios"].values():
+        confirmed = {**scenario["confirmed"], **confirmed}
+    rows = [["variant", "made by", "engine", "MB read per token", "decoding", "confirmed", *tasks, "seconds to make"]]
+    for engine in sorted({trial["engine"] for trial in trials}):
+        own = sorted((one for one in trials if one["engine"] == engine), key=slowness, reverse=True)
+        unchanged = min((one for one in own if len(one["methods"]) == 1 and not one.get("converted")), key=slowness, default=None)
+        for trial in own:
+            megabytes = f"{trial['weight_bytes_per_token'] / 1e6:.2f}"
+            speedup = (confirmed.get(trial["trial"]) or {}).get("speedup")
+            speeds = [ratio(unchanged, trial), times(speedup) if speedup else "-"]
+            answers = [accuracy(trial, unchanged, task) for task in tasks]
+            chain = f"{engine}'s own {trial['converted']}" if trial.get("converted") else " > ".join(trial["methods"])
+            seconds = f"{trial['build_seconds']:.1f}"
+            rows.append([f"`{trial['variant']}`", chain, engine, megabytes, *speeds, *answers, seconds])
     return markdown(rows)
 
 
-def token_seconds(measurement: Json) -> float:
-    """The median time per token after the first, in the first scenario that has one; else infinite."""
-    times = [figures.get("tpot_seconds_p50") for figures in measurement["speed"].values()]
-    return next((float(time) for time in times if time), float("inf"))
+def token_seconds(measurement: Json) -> float | None:
+    """The median time per token after the first, in the first scenario that has one."""
+    found = [figures.get("tpot_seconds_p50") for figures in measurement["speed"].values()]
+    return next((float(seconds) for seconds in found if seconds), None)
 
 
-def accuracy(measurement: Json, unchanged: Json | None, task: str) -> str:
+def slowness(trial: Json) -> float:
+    """Seconds per token; infinite where they are not known."""
+    return trial["token_seconds"] or math.inf
+
+
+def ratio(unchanged: Json | None, trial: Json) -> str:
+    """How many times as fast as the unchanged model."""
+    known = unchanged and unchanged["token_seconds"] and trial["token_seconds"]
+    return f"{slowness(unchanged) / slowness(trial):.2f}x" if unchanged and known else "-"
+
+
+def accuracy(trial: Json, unchanged: Json | None, task: str) -> str:
     """On validation in percent; in brackets what it differs by from the unchanged model, in points."""
-    own, theirs = (m["quality"].get(task, {}).get("validation") if m else None for m in (measurement, unchanged))
+    own, theirs = (one["accuracy"].get(task) if one else None for one in (trial, unchanged))
     if own is None:
         return "-"
-    shown = f"{100 * own['accuracy']:.1f}"
-    return f"{shown} ({100 * (own['accuracy'] - theirs['accuracy']):+.1f})" if theirs else shown
+    return f"{100 * own:.1f}" + (f" ({100 * (own - theirs):+.1f})" if theirs is not None else "")
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -70,14 +109,13 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def load(folder: Path) -> tuple[list[Json], dict[str, Json]]:
-    """A plan's measurements, and its records of `compress` by variant."""
-    measurements = [read_json(path) for path in sorted((folder / "measurements").glob("*.json"))]
-    records = [read_json(path) for path in sorted((folder / "runs").glob("compress-*.json"))]
-    return measurements, {record["tags"]["variant"]: record for record in records}
+def making(runs: Path) -> dict[str, Json]:
+    """A plan's records of `compress`, by variant."""
+    records = [read_json(path) for path in sorted(runs.glob("compress-*.json"))]
+    return {record["tags"]["variant"]: record for record in records}
 
 
 if __name__ == "__main__":
     sys.stdout.write(f"{methods()}\n")
     for plan in sys.argv[1:]:
-        sys.stdout.write(f"\n{results(*load(Path('artifacts', plan)))}\n")
+        sys.stdout.write(f"\n{results(read_json(Path('reports', plan, 'verdict.json')))}\n")

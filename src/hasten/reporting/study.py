@@ -13,6 +13,7 @@ from hasten.evaluation.comparison import flips
 from hasten.evaluation.decision import confirmed
 from hasten.evaluation.quality import agreement, load_predictions
 from hasten.reporting import page, picture
+from hasten.reporting.methods import making, screened
 from hasten.reporting.metrics import metrics
 from hasten.reporting.verdict import verdict
 
@@ -46,7 +47,7 @@ def write_reports(
     agreements = agreement_with_reference(measurements, predictions)
     shown = [{**m, "agreement": agreements.get(m["trial"])} for m in measurements]
     files = [reports / name for name in ("verdict.json", "frontier.png", "report.html", "metrics.json", "flips.csv")]
-    write_json(files[0], result)
+    write_json(files[0], {**result, "screened": screened(measurements, making(artifacts / "runs"))})
     picture.draw(shown, result, files[1], titles=titles)
     stages = stage_seconds(artifacts / "runs", plan.get("budget_seconds", {}))
     changed = changed_answers(answers, finalists)

@@ -82,3 +82,14 @@ def test_a_pass_ends_where_the_inputs_are_reached() -> None:
         block.mlp.down_proj.register_forward_hook(lambda *_: calls.append(1))
     walk(model, text(8, 16), Recorder())
     assert len(calls) == len(model.model.layers)  # the pass after the last group alone
+
+
+def test_a_network_that_nobody_needs_afterwards_gives_its_blocks_back() -> None:
+    calibration, seen = text(), []
+    for last in (False, True):
+        model, recorder = decoder(SHAPES["llama"]), Recorder(ruin=True)
+        walk(model, calibration, recorder, head=True, last=last)
+        assert all(weight.is_meta is last for weight in model.model.layers.parameters())
+        assert not model.lm_head.weight.is_meta
+        seen.append(recorder.seen)
+    assert all(torch.equal(value, seen[1][name]) for name, value in seen[0].items())

@@ -15,12 +15,10 @@ from torch import Tensor
 from hasten.compression.shared.layerwise import Group, Inputs
 from hasten.compression.shared.quantiser import Integers, Scale, chosen_scale
 from hasten.compression.shared.rounding import Rounding
-from hasten.model.grid import Grid
+from hasten.model.grid import Grid, by_rows
 
 BLOCK = 128
 """Columns whose errors reach the rest of the matrix together."""
-ROWS = 16384
-"""Rows that are in memory as float64 at once: a head has a row for every word."""
 
 
 class Compensating(Rounding):
@@ -35,15 +33,16 @@ class Compensating(Rounding):
         diagonal = inputs.gram.diagonal()
         columns = torch.arange(len(diagonal))
         self.order = diagonal.argsort(descending=True, stable=True) if self.act_order else columns
-        self.factor, damping = inverse_factor(inputs.gram[self.order][:, self.order], self.damping)
+        self.factor, damping = inverse_factor(inputs.gram[self.order[:, None], self.order], self.damping)
         if damping > self.damping:
             self.raised[group.names[0]] = damping
         super().settle(group, inputs)
+        del self.factor
 
     def rounded(self, name: str, weight: Tensor, inputs: Inputs) -> Integers:
         scale = chosen_scale(weight, self.grid, self.how, inputs.gram.diagonal())
-        parts = zip(weight.split(ROWS), scale.split(ROWS), strict=True)
-        return torch.cat([compensated(*part, self.factor, self.order, self.grid) for part in parts]), scale
+        order, grid = self.order, self.grid
+        return by_rows(lambda rows, steps: compensated(rows, steps, self.factor, order, grid), weight, scale), scale
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -53,31 +52,34 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     """
     unused = gram.diagonal() == 0
     while True:
-        damped = gram.clone()
-        damped.diagonal().add_(damping * gram.diagonal().mean())
-        damped.diagonal()[unused] = 1  # alone in their rows: any value will do
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        diagonal = gram.diagonal() + damping * gram.diagonal().mean()
+        diagonal[unused] = 1  # alone in their rows: any value will do
+        matrix = gram.flip(0, 1)
+        matrix.diagonal().copy_(diagonal.flip(0))
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
+            matrix = matrix.flip(0, 1)
             unit = torch.eye(len(gram), dtype=gram.dtype)
-            return torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True), damping
+            return torch.linalg.solve_triangular(matrix, unit, upper=True), damping
         damping = max(10 * damping, 1e-6)
 
 
 def compensated(weight: Tensor, scale: Tensor, factor: Tensor, order: Tensor, grid: Grid) -> Tensor:
     """Integers of a matrix (out, in), its columns taken in that order; the factor is of H in the same order."""
     columns = weight.shape[1]
-    left, steps = weight.T.double()[order], scale.T.double()  # (in, out), (groups, out)
+    left, steps = weight.T[order].double(), scale.T.double()  # (in, out), (groups, out)
     group = (order // (columns // len(steps))).tolist()
-    q = torch.empty_like(left)
+    q = torch.empty_like(left, dtype=torch.int8)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         errors = torch.empty_like(left[start:end])
         for j in range(start, end):
             step = steps[group[j]]
-            q[j] = (left[j] / step).round().clamp(grid.lowest, grid.highest)
-            errors[j - start] = (left[j] - q[j] * step) / factor[j, j]
+            rounded = (left[j] / step).round().clamp(grid.lowest, grid.highest)
+            errors[j - start] = (left[j] - rounded * step) / factor[j, j]
+            q[j] = rounded
             left[j:end] -= factor[j, j:end, None] * errors[j - start]
         left[end:] -= factor[start:end, end:].T @ errors
-    result = torch.empty_like(q, dtype=torch.int8)
-    result[order] = q.to(torch.int8)
+    result = torch.empty_like(q)
+    result[order] = q
     return result.T.contiguous()

@@ -5,7 +5,7 @@ from the first to the last: the calibration text's states before a block are run
 (`Treatment.see`), is treated (`Treatment.treat`), and the states after the block are those that the treated block
 makes, so that later matrices answer for what earlier ones lost. Within a block, too, queries, keys and values are
 treated before the output matrix sees its inputs, and so on ("true sequential"; Frantar et al. 2022, arXiv:2210.17323,
-and its code). In memory are the network, one block's statistics and the states, (N, T, hidden).
+and its code). In memory are the network, one group's statistics and the states, (N, T, hidden).
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ class Summing(Treatment):
 
     def treat(self, group: Group) -> None:
         sums, tokens, self._tokens = self._sums, self._tokens, 0
+        del self._sums  # before the next group's
         sums.magnitude /= tokens
         if not torch.isfinite(sums.gram).all():
             raise UserError(f"the calibration text must make finite inputs, got others for {group.names[0]}")
@@ -113,8 +114,13 @@ def linears(block: nn.Module, names: Sequence[str]) -> tuple[nn.Linear, ...]:
 
 
 @torch.no_grad()
-def walk(model: Decoder, calibration: Calibration, treatment: Treatment, *, head: bool = False) -> None:
-    """Show every group its inputs and treat it, block by block; the head at last, if it is asked for."""
+def walk(
+    model: Decoder, calibration: Calibration, treatment: Treatment, *, head: bool = False, last: bool = False
+) -> None:
+    """Show every group its inputs and treat it, block by block; the head at last, if it is asked for.
+
+    last: nobody needs the network afterwards, so the memory of a block that is done is given back.
+    """
     rows = [slice(start, start + ROWS) for start in range(0, len(calibration.ids), ROWS)]
     real = calibration.documents >= 0  # (N, T)
     states = torch.cat([model.model.embed(calibration.ids[part]) for part in rows])  # (N, T, hidden)
@@ -130,6 +136,8 @@ def walk(model: Decoder, calibration: Calibration, treatment: Treatment, *, head
             treatment.treat(group)
         for part, seen in zip(rows, views, strict=True):
             states[part] = block(states[part], seen, None)
+        if last:
+            block.to("meta")
     if head:
         for part in rows:
             treatment.see(model.model.norm(states[part])[real[part]])

@@ -78,7 +78,7 @@ class Quantiser(Compressor):
             raise UserError(f"{self.name} needs a float parent, got {parent.path} which is already quantised")
         if self.head and config.get("tie_word_embeddings"):
             config["tie_word_embeddings"] = False
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         return config, tensors
 
     def quantises(self, name: str) -> bool:
@@ -87,26 +87,29 @@ class Quantiser(Compressor):
 
     def nearest(self, config: Json, tensors: Mapping[str, Tensor], scale: Callable[[Tensor], Tensor]) -> Compressed:
         """The variant with every matrix rounded to nearest. scale: of a matrix, (out, in) -> (out, groups)."""
-        from hasten.model.grid import quantise
+        from hasten.model.grid import by_rows, quantise
 
         integers = {}
         for name, weight in tensors.items():
             if self.quantises(name):
-                found = scale(weight)
+                found = by_rows(scale, weight)
                 integers[name] = quantise(weight, found, self.grid), found
         return self.stored(config, tensors, integers)
 
     def stored(
-        self, config: Json, tensors: Mapping[str, Tensor], integers: Mapping[str, Integers], **facts: Any
+        self, config: Json, tensors: Mapping[str, Tensor], integers: dict[str, Integers], **facts: Any
     ) -> Compressed:
-        """The variant: matrices (by tensor name) as integers, every other tensor as it is. facts: for the manifest."""
+        """The variant: matrices (by tensor name) as integers, every other tensor as it is. facts: for the manifest.
+
+        Takes each out of `integers` as it is packed, so that they are not in memory twice.
+        """
         from hasten.model.grid import quantization_config, stored
 
         assert integers.keys() == {name for name in tensors if self.quantises(name)}
         result: dict[str, Tensor] = {}
         for name, value in tensors.items():
             if name in integers:
-                result.update(stored(name.removesuffix(".weight"), *integers[name], self.grid))
+                result.update(stored(name.removesuffix(".weight"), *integers.pop(name), self.grid))
             else:
                 result[name] = value
         ignored = [] if self.head else ["lm_head"]
@@ -136,6 +139,15 @@ def full_scale(weight: Tensor, grid: Grid) -> Tensor:
 
 def chosen_scale(weight: Tensor, grid: Grid, how: Scale, metric: Tensor | None = None) -> Tensor:
     """Scales by nearest or by a search that never does worse. metric: as in `group_errors`."""
+    from hasten.model.grid import by_rows
+
+    if how is Scale.nearest:
+        return by_rows(lambda part: nearest_scale(part, grid), weight)
+    return by_rows(lambda part: searched_scale(part, grid, how, metric), weight)
+
+
+def searched_scale(weight: Tensor, grid: Grid, how: Scale, metric: Tensor | None) -> Tensor:
+    """The best of the nearest scale and `FACTORS` of it."""
     import torch
 
     from hasten.model.grid import dequantise, portable_scale, quantise
@@ -144,8 +156,6 @@ def chosen_scale(weight: Tensor, grid: Grid, how: Scale, metric: Tensor | None =
         return group_errors(dequantise(quantise(weight, scale, grid), scale) - weight, grid, metric)
 
     best = nearest_scale(weight, grid)
-    if how is Scale.nearest:
-        return best
     full, lowest = full_scale(weight, grid), error(best)
     for factor in FACTORS:
         for sign in (1, -1) if how is Scale.signed else (1,):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hasten.compression.shared.layerwise import Group, Inputs, Summing
 from hasten.compression.shared.quantiser import Integers
-from hasten.model.grid import Grid, dequantise
+from hasten.model.grid import ROWS, Grid, dequantise
 
 
 class Rounding(Summing):
@@ -28,11 +28,15 @@ class Rounding(Summing):
         for name, linear in zip(group.names, group.linears, strict=True):
             weight = linear.weight.detach()
             q, scale = self.rounded(name, weight, inputs)
-            kept = dequantise(q, scale)
-            lost, whole = output_error(weight - kept, inputs.gram), output_error(weight, inputs.gram)
+            lost = whole = 0.0
+            for part, *rounded in zip(*(matrix.split(ROWS) for matrix in (weight, q, scale)), strict=True):
+                kept = dequantise(*rounded)
+                lost += output_error(part - kept, inputs.gram)
+                whole += output_error(part, inputs.gram)
+                if group.block is not None:  # what the head says nobody is given, and it may be the embedding
+                    part.copy_(kept)
             self.errors[name] = round(lost / whole, 6) if whole else 0.0
             self.integers[f"{name}.weight"] = q, scale
-            weight.copy_(kept)
 
     @abstractmethod
     def rounded(self, name: str, weight: Tensor, inputs: Inputs) -> Integers:

@@ -83,9 +83,11 @@ class Clipping(Rounding):
 
 
 def changed(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What differs from a checkpoint's tensors, as float32."""
+    """What differs from a checkpoint's tensors, as float32; of matrices that are rounded next, all."""
     return {
-        name: value for name, value in network_tensors(model).items() if not torch.equal(value, tensors[name].float())
+        name: value
+        for name, value in network_tensors(model).items()
+        if name.endswith("_proj.weight") or not torch.equal(value, tensors[name].float())
     }
 
 
