@@ -19,7 +19,7 @@ struct Layer {
 
 struct Shape {
     int32_t layers, hidden, heads, kv_heads, width, feed, vocabulary, context, slots, batch, threads, guesses;
-    int32_t gelu, precision, half_cache;
+    int32_t gelu, precision, kept;
     float epsilon, scale, embedding_scale;
     const Layer* layer;
     Matrix embedding, head;
@@ -63,7 +63,7 @@ private:
     std::vector<float> x, y, queries, attended, gated, logits;
 
     static Attention::Sizes sizes(const Shape& s) {
-        return {s.layers, s.slots, s.heads, s.kv_heads, s.width, s.context, s.threads, s.half_cache ? HALF : WHOLE, s.scale};
+        return {s.layers, s.slots, s.heads, s.kv_heads, s.width, s.context, s.threads, Kept(s.kept), s.scale};
     }
     static int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
     int qkv_rows() const { return padded((s.heads + 2 * s.kv_heads) * s.width); }
