@@ -105,25 +105,6 @@ def test_a_quantised_variant_runs_its_own_integers(tmp_path, grid):
     assert sum(a == b for a, b in zip(firsts, expected, strict=True)) >= 17
 
 
-def test_keys_and_values_in_eight_bits_are_close(tmp_path):
-    variant = llama.variant(tmp_path / "v", llama.shape(head_size=32))
-    model = load_network(variant).eval()
-    options = {"kv_cache_dtype": Dtype.int8, "slots": 2}
-    with session(variant, tmp_path, **options) as engine:
-        assert engine.kv_bytes_per_position == 2 * 2 * 2 * 32 * 34 // 32
-        assert engine.memory()["kv_cache"] == 2 * 256 * engine.kv_bytes_per_position
-        found = [
-            llama.far_from_best(model, p, ids(engine.submit(Request(0, p, 1)))) for p in map(prompt, range(20, 40))
-        ]
-    assert sum(one == 0 for one in found) >= 16
-    assert max(found) < 0.5
-    assert "heads' width must be a multiple of it, got 16" in str(
-        Llamacpp(**{**EXACT, **options}).supports(llama.variant(tmp_path / "narrow", llama.shape())).reason
-    )
-    with pytest.raises(UserError, match="flash_attention must be auto or enabled for an int8 KV cache, got disabled"):
-        Llamacpp(kv_cache_dtype=Dtype.int8, flash_attention=FlashAttention.disabled)
-
-
 def test_tokens_carry_their_request_and_rising_times(loaded):
     tokens = list(loaded.submit(Request(7, prompt(30), 16)))
     times = [token.seconds for token in tokens]

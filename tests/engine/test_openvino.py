@@ -187,21 +187,6 @@ def test_half_weights_and_half_caches_are_close(tmp_path: Path, weights: Dtype, 
     assert max(worst) < 0.5
 
 
-@pytest.mark.parametrize("weights", [Dtype.float32, *[Dtype.bfloat16] * has_bfloat16()])
-def test_keys_and_values_in_eight_bits_are_close(tmp_path: Path, weights: Dtype) -> None:
-    """The plugin's own layout: unsigned, with a scale and a zero beside them."""
-    variant = llama.variant(tmp_path / "v", llama.shape(head_size=32))
-    model = load_network(variant).eval()
-    options = {"weight_dtype": weights, "activation_dtype": Dtype.auto, "kv_cache_dtype": Dtype.int8}
-    with session(variant, tmp_path, **options) as engine:
-        values = 2 * 2 * 2 * 32
-        assert values < engine.kv_bytes_per_position < 1.5 * values
-        assert engine.memory()["kv_cache"] == 256 * engine.kv_bytes_per_position
-        worst = [far_from_best(model, p, ids(engine.submit(Request(0, p, 1)))) for p in map(prompt, range(20, 40))]
-    assert sum(one == 0 for one in worst) >= 16
-    assert max(worst) < 0.5
-
-
 def test_requests_side_by_side_get_the_answers_they_get_alone(tmp_path: Path) -> None:
     """Sixty-four of unequal lengths in sixteen slots, prompts cut where a pass is full."""
     variant = llama.variant(tmp_path / "v", llama.gemma("SF"))
