@@ -161,12 +161,7 @@ private:
         }
         if (KEPT == BYTES)
             for (int n = 0; n < N; n++) round_query(rows[n]);
-        constexpr int WIDE = N < 4 ? 4 / N : 1;
-        for (int p = first / LANES * LANES; p < end;) {
-            const bool wide = end - p > (WIDE - 1) * LANES;
-            wide ? score<KEPT, N, WIDE>(keys, p, rows) : score<KEPT, N, 1>(keys, p, rows);
-            p += (wide ? WIDE : 1) * LANES;
-        }
+        for (int p = first / LANES * LANES; p < end; p += LANES) score<KEPT, N>(keys, p, rows);
         float totals[N];
         for (int n = 0; n < N; n++) totals[n] = soften(rows[n]), std::fill_n(rows[n].mixed, cache.filled, 0.0f);
         if (KEPT == BYTES) {
@@ -182,40 +177,33 @@ private:
             for (int i = 0; i < z.width; i++) rows[n].out[i] = rows[n].mixed[i] / totals[n];
     }
 
-    // Scores of `WIDE` times sixteen positions.
-    template <Kept KEPT, int N, int WIDE>
+    // Scores of sixteen positions.
+    template <Kept KEPT, int N>
     void score(const uint8_t* keys, int p, const Row* rows) const {
         const uint8_t* block = keys + p / LANES * cache.key_block;
-        f32x16 sums[2][WIDE][N] = {};
+        f32x16 sums[2][N] = {};
         if (KEPT == BYTES) {
             for (int g = 0, c = 0; g < cache.groups; g++) {
-                f32x16 scales[WIDE];
-                i32x16 whole[WIDE][N];
-                UNROLLED for (int w = 0; w < WIDE; w++) {
-                    scales[w] = load(reinterpret_cast<const float*>(block + w * cache.key_block));
-                    UNROLLED for (int n = 0; n < N; n++) whole[w][n] = i32x16{} + rows[n].shifts[g];
-                }
+                const f32x16 scales = load(reinterpret_cast<const float*>(block));
+                i32x16 whole[N];
+                UNROLLED for (int n = 0; n < N; n++) whole[n] = i32x16{} + rows[n].shifts[g];
                 block += 64;
-                for (const int stop = std::min(c + STRETCH, z.width); c < stop; c += 4, block += 64)
-                    UNROLLED for (int w = 0; w < WIDE; w++) {
-                        i32x16 key = load_bytes(block + w * cache.key_block);
-                        UNROLLED for (int n = 0; n < N; n++) whole[w][n] = add_products(whole[w][n], key, splat_four(rows[n].rounded + c));
-                    }
-                UNROLLED for (int w = 0; w < WIDE; w++)
-                    UNROLLED for (int n = 0; n < N; n++)
-                        sums[0][w][n] += __builtin_convertvector(whole[w][n], f32x16) * (scales[w] * rows[n].scales[g]);
+                for (const int stop = std::min(c + STRETCH, z.width); c < stop; c += 4, block += 64) {
+                    const i32x16 key = load_bytes(block);
+                    UNROLLED for (int n = 0; n < N; n++) whole[n] = add_products(whole[n], key, splat_four(rows[n].rounded + c));
+                }
+                UNROLLED for (int n = 0; n < N; n++)
+                    sums[0][n] += __builtin_convertvector(whole[n], f32x16) * (scales * rows[n].scales[g]);
             }
         } else {
             constexpr int STEP = LANES * (KEPT == WHOLE ? 4 : 2);
             for (int i = 0; i < z.width; i += 2, block += 2 * STEP)
-                UNROLLED for (int c = 0; c < 2; c++)
-                    UNROLLED for (int w = 0; w < WIDE; w++) {
-                        f32x16 key = lanes<KEPT>(block + w * cache.key_block + c * STEP);
-                        UNROLLED for (int n = 0; n < N; n++) sums[c][w][n] += key * rows[n].query[i + c];
-                    }
+                UNROLLED for (int c = 0; c < 2; c++) {
+                    const f32x16 key = lanes<KEPT>(block + c * STEP);
+                    UNROLLED for (int n = 0; n < N; n++) sums[c][n] += key * rows[n].query[i + c];
+                }
         }
-        for (int w = 0; w < WIDE; w++)
-            for (int n = 0; n < N; n++) store(rows[n].scores + p + w * LANES, (sums[0][w][n] + sums[1][w][n]) * z.scale);
+        for (int n = 0; n < N; n++) store(rows[n].scores + p, (sums[0][n] + sums[1][n]) * z.scale);
     }
 
     // Scores to weights, relative to the largest, and zero for what the query does not see; returns their sum.
@@ -248,7 +236,9 @@ private:
             const int left = (cache.filled - i) / LANES;
             if (left >= MANY)
                 mix<KEPT, N, MANY>(values, i, from, to, rows), i += MANY * LANES;
-            else if (MANY > 2 && left >= 2)
+            else if (MANY > 3 && left == 3)
+                mix<KEPT, N, 3>(values, i, from, to, rows), i += 3 * LANES;
+            else if (MANY > 2 && left == 2)
                 mix<KEPT, N, 2>(values, i, from, to, rows), i += 2 * LANES;
             else
                 mix<KEPT, N, 1>(values, i, from, to, rows), i += LANES;
