@@ -151,7 +151,7 @@ def test_a_compiler_that_is_missing_or_fails_is_one_sentence(tmp_path: Path, mon
         ({"devices": ["cuda:0"]}, r"devices must be \[cpu\] for native"),
         ({"weight_dtype": Dtype.float16}, "weight_dtype must be auto, bfloat16 or float32 for native, got float16"),
         ({"activation_dtype": Dtype.float16}, "activation_dtype must be auto or float32 for native, got float16"),
-        ({"kv_cache_dtype": Dtype.bfloat16}, "kv_cache_dtype must be auto, float16 or float32 for native"),
+        ({"kv_cache_dtype": Dtype.bfloat16}, "kv_cache_dtype must be auto, float16, float32 or int8 for native"),
         ({"slots": 0}, "slots must be 1 to 256, got 0"),
         ({"guesses": -1}, r"guesses must be 0 to micro_batch - 1 \(255\), got -1"),
         ({"draft": "shallow"}, "guesses must be at least 1 with engine.draft, got 0"),

@@ -21,12 +21,16 @@ from hasten.hardware import cpu_count, libraries
 
 
 class Dtype(Enum):
-    """Number formats by their usual names. `auto` is the engine's fastest sound choice, and is recorded."""
+    """Number formats by their usual names. `auto` is the engine's fastest sound choice, and is recorded.
+
+    int8 is for keys and values alone: weights are integers if their variant's are, activations where they meet such.
+    """
 
     auto = "auto"
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+    int8 = "int8"
 
 
 class Parallel(Enum):
@@ -186,6 +190,8 @@ class Engine(ABC):
 
     batches: ClassVar[bool] = False
     """Whether requests that run at the same time share a pass over the weights."""
+    int8_cache: ClassVar[bool] = False
+    """Whether it can keep keys and values in 8-bit integers."""
     libraries: ClassVar[tuple[str, ...]] = ()
     """Distributions whose version decides this engine's speed."""
     parallels: ClassVar[tuple[Parallel, ...]] = (Parallel.none,)
@@ -196,6 +202,14 @@ class Engine(ABC):
             raise UserError(f"threads must be 0 (all cores) to 4096, got {self.threads}")
         if self.max_context < 2:
             raise UserError(f"max_context must be at least 2, got {self.max_context}")
+        for name in ("weight_dtype", "activation_dtype"):
+            if getattr(self, name) is Dtype.int8:
+                raise UserError(f"engine.{name} must be auto or a float, integers are the variant's own, got int8")
+        if self.kv_cache_dtype is Dtype.int8 and not self.int8_cache:
+            raise UserError(
+                f"engine.kv_cache_dtype must be auto or a float for {self.name}, which keeps no keys and values in "
+                "integers, got int8"
+            )
         if self.parallel not in self.parallels:
             known = " or ".join(kind.name for kind in self.parallels)
             raise UserError(f"parallel must be {known} for engine {self.name}, got {self.parallel.name}")

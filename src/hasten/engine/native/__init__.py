@@ -45,7 +45,8 @@ POLLED = 256
 
 @dataclass
 class Native(Engine):
-    """weight_dtype auto is bfloat16, kv_cache_dtype auto is float16.
+    """weight_dtype auto is bfloat16, kv_cache_dtype auto is float16; int8 is multiplied as it is, whatever
+    activation_dtype says.
 
     activation_dtype: auto rounds to 8 bits before a product with integers and to bfloat16 before one with bfloat16;
     float32 rounds nothing, for comparing answers. micro_batch: tokens of one pass. slots: requests that run at the same
@@ -60,6 +61,7 @@ class Native(Engine):
     draft: str = ""
 
     batches: ClassVar[bool] = True
+    int8_cache: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,7 +74,7 @@ class Native(Engine):
                 f"engine.activation_dtype must be auto or float32 for native, got {self.activation_dtype.name}"
             )
         if self.kv_cache_dtype is Dtype.bfloat16:
-            raise UserError("engine.kv_cache_dtype must be auto, float16 or float32 for native, got bfloat16")
+            raise UserError("engine.kv_cache_dtype must be auto, float16, float32 or int8 for native, got bfloat16")
         if not 1 <= self.slots <= 256:
             raise UserError(f"engine.slots must be 1 to 256, got {self.slots}")
         if not self.slots <= self.micro_batch <= 4096:
@@ -228,10 +230,7 @@ class NativeSession(Session):
         self.kernel = f"{native_format} ({functions.hasten_kernels().decode()})"
         self.weight_bytes_per_token = loaded.weight_bytes_per_token
         self.weight_bytes_per_guess = draft.weight_bytes_per_token if draft else 0
-        value_bytes = 4 if engine.kv_cache is Dtype.float32 else 2
-        self.kv_bytes_per_position = (
-            2 * self.config.layers * self.config.kv_heads * self.config.head_width * value_bytes
-        )
+        self.kv_bytes_per_position = loaded.kv_bytes_per_position
         self.arithmetic = arithmetic(engine, native_format, self.kernel)
 
     def submit(self, request: Request) -> Stream:

@@ -81,6 +81,7 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
         "wait": (None, [pointer, int64, ctypes.c_double]),
         "cancel": (None, [pointer, int64]),
         "forget": (None, [pointer, int64]),
+        "attend": (None, [pointer, int32, pointer, ints, int32, pointer, pointer, pointer, pointer]),
     }
     for name, (result, arguments) in types.items():
         function = getattr(loaded, f"hasten_{name}")

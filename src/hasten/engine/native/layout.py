@@ -68,7 +68,7 @@ class Shape(ctypes.Structure):
     """`Shape` of cpp/model.hpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int32) for name in (*SIZES, "gelu", "precision", "half_cache")),
+        *((name, ctypes.c_int32) for name in (*SIZES, "gelu", "precision", "kept")),
         *((name, ctypes.c_float) for name in ("epsilon", "scale", "embedding_scale")),
         ("layer", ctypes.POINTER(Layer)),
         ("embedding", Matrix),

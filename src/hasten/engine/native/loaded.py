@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FLOATS, INTEGERS = 0, 2
 """Activations as they are, or in the form that a matrix is multiplied with fastest (`Precision` of cpp/kernels.hpp)."""
+KEPT = (Dtype.float32, Dtype.float16, Dtype.int8)
+"""What keys and values may be kept in (`Kept` of cpp/cache.hpp)."""
 
 
 class Loaded:
@@ -34,7 +36,21 @@ class Loaded:
         sizes = {name: entry.get("bytes", 0) for name, entry in places.items()}
         rows = self.config.vocab_size
         self.weight_bytes = sum(sizes.values())
+        self.kv_bytes_per_position = kv_bytes_per_position(self.config, engine.kv_cache)
         self.weight_bytes_per_token = self.weight_bytes - sizes.get("embedding", 0) * (rows - 1) // rows
+
+
+def kv_bytes_per_position(config: ModelConfig, kept: Dtype) -> int:
+    """Of all layers, as cpp/cache.hpp lays them out: values fill whole vectors, integers have scales beside them."""
+    from hasten.engine.native.layout import LANES, STRETCH, padded
+
+    width, filled = config.head_width, padded(config.head_width, LANES)
+    if kept is Dtype.int8:
+        scales = 4 * (padded(width, STRETCH) // STRETCH + 1)
+        head = padded(width, 4) + filled + scales
+    else:
+        head = (width + filled) * (4 if kept is Dtype.float32 else 2)
+    return config.layers * config.kv_heads * head
 
 
 class Arena:
@@ -89,7 +105,7 @@ def shape_of(
         context=padded(context, 16), slots=engine.slots, batch=engine.micro_batch, threads=engine.thread_count,
         guesses=guesses, gelu=config.activation is Activation.gelu_tanh,
         precision=FLOATS if engine.activation_dtype is Dtype.float32 else INTEGERS,
-        half_cache=engine.kv_cache is Dtype.float16, epsilon=config.norm_epsilon, scale=config.score_scale,
+        kept=KEPT.index(engine.kv_cache), epsilon=config.norm_epsilon, scale=config.score_scale,
         embedding_scale=config.hidden_size**0.5 if config.embedding_scale else 1.0, layer=layers,
         embedding=arena.matrix(places.get("embedding") or places["head"]), head=arena.matrix(places["head"]),
         norm=arena.at(places["norm"]["data"]),

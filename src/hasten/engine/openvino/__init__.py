@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from hasten.model.config import ModelConfig
 
 GROUPS = (0, 16, 32, 64, 128, 256)
-CACHES = {Dtype.float32: (Dtype.float16, Dtype.float32), Dtype.bfloat16: (Dtype.bfloat16,)}
+CACHES = {Dtype.float32: (Dtype.float16, Dtype.float32, Dtype.int8), Dtype.bfloat16: (Dtype.bfloat16, Dtype.int8)}
 """What the plugin keeps keys and values in, by the type of the activations; the first is `auto`."""
 
 
@@ -56,6 +56,7 @@ class Openvino(Engine):
     slots: int = 1
 
     batches: ClassVar[bool] = True
+    int8_cache: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("openvino",)
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from hasten.artifacts import Json
     from hasten.engine.openvino import Openvino
 
-PRECISIONS = {Dtype.float32: "f32", Dtype.bfloat16: "bf16", Dtype.float16: "f16"}
+PRECISIONS = {Dtype.float32: "f32", Dtype.bfloat16: "bf16", Dtype.float16: "f16", Dtype.int8: "u8"}
 
 
 def runtime() -> Any:

@@ -5,7 +5,7 @@
 // by every thread for itself where there are fewer tokens than threads, which saves another.
 #pragma once
 
-#include "kernels.hpp"
+#include "attention.hpp"
 #include "team.hpp"
 
 namespace hasten {
@@ -19,7 +19,7 @@ struct Layer {
 
 struct Shape {
     int32_t layers, hidden, heads, kv_heads, width, feed, vocabulary, context, slots, batch, threads, guesses;
-    int32_t gelu, precision, half_cache;
+    int32_t gelu, precision, kept;
     float epsilon, scale, embedding_scale;
     const Layer* layer;
     Matrix embedding, head;
@@ -27,13 +27,9 @@ struct Shape {
     const float *cosines[2], *sines[2];  // (context, width / 2), of global and of local layers
 };
 
-struct Input {
-    int32_t id, slot, position, row;  // row: of the logits, -1 if nobody asks what comes next
-};
-
 class Model {
 public:
-    Model(const Shape& shape, Team& team) : s(shape), team(team), own(shape.threads) {
+    Model(const Shape& shape, Team& team) : s(shape), team(team), own(shape.threads), attention(sizes(shape)) {
         int widest = std::max({s.layer[0].qkv.columns, s.layer[0].output.columns, s.layer[0].down.columns});
         size_t tokens = s.batch;
         x.resize(tokens * s.hidden), y.resize(tokens * s.hidden), queries.resize(tokens * qkv_rows());
@@ -42,35 +38,33 @@ public:
         shared.reserve(s.batch, widest);
         for (auto& mine : own) {
             mine.activations.reserve(s.threads, widest);
-            mine.scores.resize(padded(s.context)), mine.gate.resize(tokens * LANES);
+            mine.gate.resize(tokens * LANES);
         }
-        cached = size_t(s.layers) * s.slots * s.kv_heads * padded(s.context) * s.width;
-        if (s.half_cache)
-            half_keys.resize(cached), half_values.resize(cached);
-        else
-            keys.resize(cached), values.resize(cached);
     }
 
-    size_t cache_bytes() const { return 2 * cached * (s.half_cache ? 2 : 4); }
+    size_t cache_bytes() const { return attention.bytes(); }
     const float* row_of_logits(int row) const { return logits.data() + size_t(row) * padded(s.vocabulary); }
 
     void forward(const std::vector<Input>& inputs) {
+        attention.plan(inputs);
         team.run([&](int me) { pass(inputs, me); });
     }
 
 private:
     struct Own {
         Activations activations;
-        std::vector<float> scores, gate;
+        std::vector<float> gate;
     };
     Shape s;
     Team& team;  // models that take turns share one: an idle team's threads would spin on the other's cores
     std::vector<Own> own;
     Activations shared;
-    std::vector<float> x, y, queries, attended, gated, logits, keys, values;
-    std::vector<uint16_t> half_keys, half_values;
-    size_t cached;
+    Attention attention;
+    std::vector<float> x, y, queries, attended, gated, logits;
 
+    static Attention::Sizes sizes(const Shape& s) {
+        return {s.layers, s.slots, s.heads, s.kv_heads, s.width, s.context, s.threads, Kept(s.kept), s.scale};
+    }
     static int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
     int qkv_rows() const { return padded((s.heads + 2 * s.kv_heads) * s.width); }
     int from(int me, int n) const { return int(int64_t(n) * me / s.threads); }
@@ -87,13 +81,9 @@ private:
             share(layer.qkv, normed, count, me, 1, [&](int b, int t, f32x16 v) { store(&queries[size_t(t) * rows + b * LANES], v); });
             team.barrier();
             for (int i = from(me, count * s.kv_heads); i < from(me + 1, count * s.kv_heads); i++)
-                remember(layer, l, inputs[i / s.kv_heads], i % s.kv_heads, &queries[size_t(i / s.kv_heads) * rows]);
+                turn(layer, l, inputs[i / s.kv_heads], i % s.kv_heads, &queries[size_t(i / s.kv_heads) * rows]);
             team.barrier();
-            for (int i = from(me, count * s.heads); i < from(me + 1, count * s.heads); i++) {
-                float *query = &queries[size_t(i / s.heads) * rows + i % s.heads * s.width], *out = &attended[size_t(i) * s.width];
-                auto way = s.half_cache ? &Model::attend<true> : &Model::attend<false>;
-                (this->*way)(layer, l, inputs[i / s.heads], i % s.heads, query, out, own[me].scores.data());
-            }
+            attention.attend(l, layer.window, inputs, queries.data(), rows, attended.data(), me);
             team.barrier();
             auto& heads = prepare(count, s.heads * s.width, layer.output, me, [&](int t, float* out) {
                 memcpy(out, &attended[size_t(t) * s.heads * s.width], sizeof(float) * s.heads * s.width);
@@ -205,69 +195,13 @@ private:
         }
     }
 
-    size_t place(int layer, int slot, int kv_head) const {
-        return ((size_t(layer) * s.slots + slot) * s.kv_heads + kv_head) * padded(s.context) * s.width;
-    }
-
-    // A token's key and value: keys sixteen positions at a time (width, 16), so that scores need no sum over lanes.
-    void remember(const Layer& layer, int l, const Input& input, int kv_head, float* row) {
-        float* key = row + (s.heads + kv_head) * s.width;
-        const float* value = row + (s.heads + s.kv_heads + kv_head) * s.width;
+    // A group of a token's heads to their position; its key and value stay.
+    void turn(const Layer& layer, int l, const Input& input, int kv_head, float* row) {
+        const int group = s.heads / s.kv_heads;
+        for (int h = kv_head * group; h < (kv_head + 1) * group; h++) rotate(layer, input.position, layer.query_norm, row + h * s.width);
+        float *key = row + (s.heads + kv_head) * s.width, *value = row + (s.heads + s.kv_heads + kv_head) * s.width;
         rotate(layer, input.position, layer.key_norm, key);
-        size_t start = place(l, input.slot, kv_head);
-        size_t block = start + size_t(input.position / LANES) * LANES * s.width + input.position % LANES;
-        size_t line = start + size_t(input.position) * s.width;
-        for (int i = 0; i < s.width; i++)
-            if (s.half_cache)
-                half_keys[block + size_t(i) * LANES] = to_half(key[i]);
-            else
-                keys[block + size_t(i) * LANES] = key[i];
-        if (s.half_cache)
-            std::transform(value, value + s.width, &half_values[line], to_half);
-        else
-            memcpy(&values[line], value, sizeof(float) * s.width);
-    }
-
-    template <bool HALF>
-    f32x16 key_lanes(size_t at) const { return HALF ? load_half(&half_keys[at]) : load(&keys[at]); }
-    template <bool HALF>
-    f32x16 value_lanes(size_t at) const { return HALF ? load_half(&half_values[at]) : load(&values[at]); }
-
-    template <bool HALF>
-    void attend(const Layer& layer, int l, const Input& input, int head, float* query, float* out, float* scores) {
-        rotate(layer, input.position, layer.query_norm, query);
-        size_t start = place(l, input.slot, head / (s.heads / s.kv_heads));
-        int end = input.position + 1, first = layer.window ? std::max(0, end - layer.window) : 0;
-        float largest = -INFINITY;
-        for (int p = first / LANES * LANES; p < end; p += LANES) {
-            f32x16 sums[2] = {};
-            size_t block = start + size_t(p) * s.width;
-            for (int i = 0; i < s.width; i += 2)
-                for (int k = 0; k < 2; k++) sums[k] += key_lanes<HALF>(block + size_t(i + k) * LANES) * query[i + k];
-            store(scores + p, (sums[0] + sums[1]) * s.scale);
-            for (int i = std::max(p, first); i < std::min(p + LANES, end); i++) largest = std::max(largest, scores[i]);
-        }
-        float total = 0;
-        for (int p = first / LANES * LANES; p < end; p += LANES) {
-            store(scores + p, exp16(load(scores + p) - largest));
-            for (int i = std::max(p, first); i < std::min(p + LANES, end); i++) total += scores[i];
-        }
-        int i = 0;
-        for (; i + LANES <= s.width; i += LANES) {
-            f32x16 sums[2] = {};
-            for (int p = first; p + 1 < end; p += 2)
-                for (int k = 0; k < 2; k++) sums[k] += value_lanes<HALF>(start + size_t(p + k) * s.width + i) * scores[p + k];
-            if ((end - first) % 2) sums[0] += value_lanes<HALF>(start + size_t(end - 1) * s.width + i) * scores[end - 1];
-            store(out + i, (sums[0] + sums[1]) / total);
-        }
-        for (; i < s.width; i++) {
-            float sum = 0;
-            for (int p = first; p < end; p++) {
-                size_t at = start + size_t(p) * s.width + i;
-                sum += (HALF ? from_half(half_values[at]) : values[at]) * scores[p];
-            }
-            out[i] = sum / total;
-        }
+        attention.remember(l, input, kv_head, key, value);
     }
 };
 

@@ -249,4 +249,19 @@ int32_t hasten_poll(Server* server, int64_t handle, int32_t seen, int32_t room, 
 void hasten_wait(Server* server, int64_t handle, double seconds) { server->wait(handle, seconds); }
 void hasten_cancel(Server* server, int64_t handle) { server->cancel(handle); }
 void hasten_forget(Server* server, int64_t handle) { server->forget(handle); }
+
+// Attention alone, for tests: a layer's, over tokens that come in passes up to `ends`. queries, out: (tokens, heads, width).
+void hasten_attend(const hasten::Attention::Sizes* sizes, int32_t window, const hasten::Input* inputs, const int32_t* ends, int32_t passes,
+                   const float* queries, const float* keys, const float* values, float* out) {
+    hasten::Attention attention(*sizes);
+    const int query = sizes->heads * sizes->width, kept = sizes->kv_heads * sizes->width;
+    for (int first = 0, i = 0; i < passes; first = ends[i++]) {
+        std::vector<hasten::Input> pass(inputs + first, inputs + ends[i]);
+        for (int t = first; t < ends[i]; t++)
+            for (int h = 0; h < sizes->kv_heads; h++)
+                attention.remember(0, inputs[t], h, keys + t * kept + h * sizes->width, values + t * kept + h * sizes->width);
+        attention.plan(pass);
+        for (int me = 0; me < sizes->threads; me++) attention.attend(0, window, pass, queries + first * query, query, out + first * query, me);
+    }
+}
 }
