@@ -8,11 +8,13 @@ group of 32 is llama.cpp's Q4_0 block, an 8-bit group of 32 its Q8_0 block.
 On disk this is the open compressed-tensors layout, format `pack-quantized`
 (https://github.com/neuralmagic/compressed-tensors): per matrix `<name>.weight_packed` (int32,
 little-endian fields, integers shifted to unsigned), `<name>.weight_scale` (out, groups) and
-`<name>.weight_shape`; transformers reads it.
+`<name>.weight_shape`; transformers reads it. The manifest says on which grid they lie: `Grid`, one for all matrices, or
+`Grids`, which names the matrices of each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +51,24 @@ class Grid:
     def highest(self) -> int:
         return (1 << (self.bits - 1)) - 1
 
+    @property
+    def words(self) -> str:
+        """`int4 group 32`, `int8 per channel`."""
+        return f"int{self.bits} {f'group {self.group_size}' if self.group_size else 'per channel'}"
+
+    @property
+    def kinds(self) -> tuple[Grid, ...]:
+        """As of `Grids`."""
+        return (self,)
+
+    def covers(self, name: str) -> bool:
+        """As of `Grids`."""
+        return True
+
+    def of(self, name: str) -> Grid:
+        """As of `Grids`."""
+        return self
+
     def describe(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -59,6 +79,46 @@ class Grid:
         if columns % self.group_size:
             raise UserError(f"group_size must divide every matrix's input width, got {self.group_size} for {columns}")
         return columns // self.group_size
+
+
+@dataclass(frozen=True)
+class Grids:
+    """A grid for each matrix, by its name (without `.weight`). A matrix without one is stored as floats."""
+
+    by_name: Mapping[str, Grid]
+
+    @property
+    def kinds(self) -> tuple[Grid, ...]:
+        """The grids that there are, those of fewer bits first."""
+        return tuple(sorted(set(self.by_name.values()), key=lambda grid: (grid.bits, grid.group_size)))
+
+    def covers(self, name: str) -> bool:
+        """Whether a matrix lies on a grid."""
+        return name in self.by_name
+
+    def of(self, name: str) -> Grid:
+        """The grid of a matrix that is stored as integers. Raises `UserError` if none is declared."""
+        if name not in self.by_name:
+            raise UserError(f"the checkpoint stores integers of {name} but its manifest declares no grid for it")
+        return self.by_name[name]
+
+    def named(self, kind: Grid) -> list[str]:
+        """The matrices on a grid."""
+        return [name for name, grid in self.by_name.items() if grid == kind]
+
+    def describe(self) -> dict[str, Any]:
+        return {"groups": [{**kind.describe(), "matrices": self.named(kind)} for kind in self.kinds]}
+
+
+def read_grid(described: Mapping[str, Any]) -> Grid | Grids:
+    """The inverse of both `describe`s."""
+    if "groups" not in described:
+        return Grid(**described)
+    found: dict[str, Grid] = {}
+    for group in described["groups"]:
+        grid = Grid(**{key: value for key, value in group.items() if key != "matrices"})
+        found.update(dict.fromkeys(group["matrices"], grid))
+    return Grids(found)
 
 
 def portable_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -118,11 +178,12 @@ def quantised_names(tensors: dict[str, torch.Tensor]) -> list[str]:
     return [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]
 
 
-def integers(tensors: dict[str, torch.Tensor], name: str, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def integers(tensors: dict[str, torch.Tensor], name: str, grid: Grid | Grids) -> tuple[torch.Tensor, torch.Tensor]:
     """A stored matrix's integers, int8 (out, in), and scales, float32 (out, groups).
 
     Raises `UserError` if a part is missing or the parts do not fit each other and the grid.
     """
+    grid = grid.of(name)
     try:
         packed, scale, shape = (tensors[f"{name}.weight_{part}"] for part in ("packed", "scale", "shape"))
     except KeyError as error:
@@ -137,7 +198,7 @@ def integers(tensors: dict[str, torch.Tensor], name: str, grid: Grid) -> tuple[t
     return unpack(packed, grid.bits, columns), scale.float()
 
 
-def floats(tensors: dict[str, torch.Tensor], grid: Grid | None) -> dict[str, torch.Tensor]:
+def floats(tensors: dict[str, torch.Tensor], grid: Grid | Grids | None) -> dict[str, torch.Tensor]:
     """The same model with every matrix as float32: integers are dequantised, the rest is passed on."""
     names = quantised_names(tensors)
     if not names:
@@ -150,21 +211,30 @@ def floats(tensors: dict[str, torch.Tensor], grid: Grid | None) -> dict[str, tor
     return result
 
 
-def quantization_config(grid: Grid, ignore: list[str]) -> dict[str, Any]:
-    """`quantization_config` for `config.json`, as compressed-tensors writes it."""
-    weights = {
-        "num_bits": grid.bits,
-        "type": "int",
-        "symmetric": grid.symmetric,
-        "strategy": "group" if grid.group_size else "channel",
-        "group_size": grid.group_size or None,
-        "dynamic": False,
-        "observer": "minmax",
+def quantization_config(grid: Grid | Grids, ignore: list[str]) -> dict[str, Any]:
+    """`quantization_config` for `config.json`, as compressed-tensors writes it.
+
+    Several grids name their matrices: a reader that joins matrices of one input looks for them by their names.
+    """
+    groups = {
+        f"group_{number}": {
+            "targets": ["Linear"] if isinstance(grid, Grid) else grid.named(kind),
+            "weights": {
+                "num_bits": kind.bits,
+                "type": "int",
+                "symmetric": kind.symmetric,
+                "strategy": "group" if kind.group_size else "channel",
+                "group_size": kind.group_size or None,
+                "dynamic": False,
+                "observer": "minmax",
+            },
+        }
+        for number, kind in enumerate(grid.kinds)
     }
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": groups,
         "ignore": ignore,
     }

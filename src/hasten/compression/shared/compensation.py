@@ -15,7 +15,7 @@ from torch import Tensor
 from hasten.compression.shared.layerwise import Group, Inputs
 from hasten.compression.shared.quantiser import Integers, Scale, chosen_scale
 from hasten.compression.shared.rounding import Rounding
-from hasten.model.grid import Grid
+from hasten.model.grid import Grid, Grids
 
 BLOCK = 128
 """Columns whose errors reach the rest of the matrix together."""
@@ -26,7 +26,7 @@ ROWS = 16384
 class Compensating(Rounding):
     """Rounds every matrix that way. raised: by group, the damping it took where the one asked for was too little."""
 
-    def __init__(self, grid: Grid, how: Scale, *, damping: float, act_order: bool) -> None:
+    def __init__(self, grid: Grid | Grids, how: Scale, *, damping: float, act_order: bool) -> None:
         super().__init__(grid)
         self.how, self.damping, self.act_order = how, damping, act_order
         self.raised: dict[str, float] = {}
@@ -41,9 +41,10 @@ class Compensating(Rounding):
         super().settle(group, inputs)
 
     def rounded(self, name: str, weight: Tensor, inputs: Inputs) -> Integers:
-        scale = chosen_scale(weight, self.grid, self.how, inputs.gram.diagonal())
+        grid = self.grid.of(name)
+        scale = chosen_scale(weight, grid, self.how, inputs.gram.diagonal())
         parts = zip(weight.split(ROWS), scale.split(ROWS), strict=True)
-        return torch.cat([compensated(*part, self.factor, self.order, self.grid) for part in parts]), scale
+        return torch.cat([compensated(*part, self.factor, self.order, grid) for part in parts]), scale
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:

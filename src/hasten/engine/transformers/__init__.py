@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant
 from hasten.engine.base import Dtype, Engine, Request, Session, Support
+from hasten.engine.grids import table
 from hasten.engine.streaming import Flight, Stream
 from hasten.engine.torch_options import check_device, check_follows, prepare
 from hasten.errors import UserError
@@ -48,6 +49,7 @@ class Transformers(Engine):
 
     def supports(self, variant: Variant) -> Support:
         from hasten.model.config import ModelConfig
+        from hasten.model.huggingface import grid_of
         from hasten.model.shape import read_shape
 
         try:
@@ -56,6 +58,8 @@ class Transformers(Engine):
             return Support(reason=str(error))
         if not isinstance(shape, ModelConfig):
             return Support(reason=f"transformers has no {variant.config.get('model_type')!r}")
+        if reason := table(grid_of(variant)):  # its reader makes no tied head of packed embeddings
+            return Support(reason=reason)
         if variant.manifest.get("grid"):
             return Support(native_format=f"{self.weights.name} (dequantised)", native=False)
         return Support(native_format=self.weights.name)
