@@ -60,10 +60,16 @@ def unsupported(checkpoint: Checkpoint, max_context: int | None = None) -> str |
 
 
 def _unsupported_grid(checkpoint: Checkpoint) -> str | None:
-    from hasten.model.huggingface import grid_of
-
-    grid = grid_of(checkpoint)
+    grid = declared_grid(checkpoint)
     return every(grid, _supports_grid).reason if grid else None
+
+
+def declared_grid(checkpoint: Checkpoint) -> Grid | Grids | None:
+    """As `hasten.model.huggingface.grid_of`, without torch: what is built already is loaded without it."""
+    from hasten.model.grid import read_grid
+
+    grid = checkpoint.manifest.get("grid")
+    return read_grid(grid) if grid else None
 
 
 def _supports_grid(grid: Grid) -> Support:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from hasten.errors import UserError, one_of
+
+if TYPE_CHECKING:
+    import torch
 
 BITS = (4, 8)
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero
@@ -127,12 +128,16 @@ def portable_scale(scale: torch.Tensor) -> torch.Tensor:
     bfloat16 has 8 significant bits, float16 11 but a narrow exponent: rounding to the first and then
     to the second leaves a number that both hold, also where float16 is subnormal.
     """
+    import torch
+
     rounded = scale.to(torch.bfloat16).clamp(max=LARGEST_SCALE).to(torch.float16).float()
     return rounded.clamp(min=SMALLEST_SCALE)
 
 
 def quantise(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Round to the grid, half to even. weight (out, in), scale (out, groups) -> int8 (out, in)."""
+    import torch
+
     out, columns = weight.shape
     grouped = weight.float().view(out, grid.groups(columns), -1)
     q = torch.round(grouped / scale.float().unsqueeze(-1)).clamp(grid.lowest, grid.highest)
@@ -147,6 +152,8 @@ def dequantise(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def pack(q: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 (out, in) -> int32 (out, ceil(in * bits / 32)), lowest field first, shifted to unsigned."""
+    import torch
+
     out, columns = q.shape
     per_word = 32 // bits
     unsigned = q.to(torch.int64) + 2 ** (bits - 1)
@@ -158,6 +165,8 @@ def pack(q: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """The inverse of `pack`: int32 (out, words) -> int8 (out, columns)."""
+    import torch
+
     words = packed.to(torch.int64) & 0xFFFFFFFF
     fields: torch.Tensor = (words.unsqueeze(-1) >> (torch.arange(32 // bits) * bits)) & (2**bits - 1)
     shifted: torch.Tensor = fields.flatten(1)[:, :columns] - 2 ** (bits - 1)
@@ -166,6 +175,8 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
 def stored(name: str, q: torch.Tensor, scale: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
     """The tensors under which a quantised matrix `name` (without `.weight`) is saved."""
+    import torch
+
     return {
         f"{name}.weight_packed": pack(q, grid.bits).contiguous(),
         f"{name}.weight_scale": scale.float().contiguous(),

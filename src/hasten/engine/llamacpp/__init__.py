@@ -90,14 +90,12 @@ class Llamacpp(Engine):
         return Dtype.float16 if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
 
     def supports(self, variant: Variant) -> Support:
-        from hasten.model.huggingface import grid_of
-
         missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
         if missing:
             return Support(reason=f'{missing[0]} is not installed: pip install "hasten[cpu-engines]"')
         if reason := gguf.unsupported(variant, self.max_context):
             return Support(reason=reason)
-        kind = gguf.format_name(grid_of(variant), self.weights)
+        kind = gguf.format_name(gguf.declared_grid(variant), self.weights)
         if self.conversion is not Conversion.none:
             if variant.manifest.get("grid"):
                 return Support(reason=f"engine.conversion={self.conversion.value} rounds floats, this lies on a grid")
