@@ -189,10 +189,8 @@ def tied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """An embedding of integers, which are the head's, too."""
     folder = tmp_path_factory.mktemp("tied")
     plain = llama.variant(folder / "v", llama.shape())
-    method = Rtn(bits=4, head=False)
-    whole, _ = make_variant(method, plain, None, name="q", target=folder / "q", seed=0)
-    method = Embedding(bits=request.param)
-    return make_variant(method, whole, None, name="e", target=folder / "e", seed=0)[0]
+    whole, _ = make_variant(Rtn(bits=4, head=False), plain, None, name="q", target=folder / "q", seed=0)
+    return make_variant(Embedding(bits=request.param), whole, None, name="e", target=folder / "e", seed=0)[0]
 
 
 @pytest.mark.parametrize("name", ["eager", "native"])
