@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import torch
 from hasten.artifacts import Variant, replacing, write_json
 from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
+from hasten.compression.shared import quantiser
+from hasten.compression.shared.quantiser import nearest_scale
 from hasten.engine.base import Token
 from hasten.model.config import Activation, ModelConfig, RopeKind, RopeScaling
 from hasten.model.config_json import to_huggingface
-from hasten.model.grid import Grid, portable_scale, quantise, stored
+from hasten.model.grid import Grid, Grids, portable_scale, quantise, stored
 from hasten.model.huggingface import save_checkpoint
 from hasten.model.network import Network
 
@@ -147,6 +149,21 @@ def on_grid(variant: Variant, bits: int, group_size: int) -> Variant:
     """A float variant's child beside it, rounded to nearest."""
     name, method = f"int{bits}-{group_size}", Rtn(bits=bits, group_size=group_size)
     return make_variant(method, variant, None, name=name, target=variant.path.with_name(name), seed=0)[0]
+
+
+def on_grids(variant: Variant, name: str, by_name: Mapping[str, Grid]) -> Variant:
+    """A float variant's child beside it, each of these matrices rounded to nearest on a grid of its own."""
+    integers = {}
+    for matrix, grid in by_name.items():
+        weight = variant.tensors()[f"{matrix}.weight"]
+        scale = nearest_scale(weight, grid)
+        integers[f"{matrix}.weight"] = quantise(weight, scale, grid), scale
+    made = quantiser.on_grid(Grids(by_name), variant.config, variant.tensors(), integers, {})
+    assert made.grid is not None
+    target = variant.path.with_name(name)
+    manifest = {**variant.manifest, "name": name, "grid": made.grid.describe()}
+    save_checkpoint(target, made.config, made.tensors, variant.path, manifest)
+    return Variant(target)
 
 
 def rewrite(checkpoint: Variant, changes: dict[str, torch.Tensor | None]) -> Variant:

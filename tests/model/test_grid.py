@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from hasten.model.grid import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
     Grid,
+    Grids,
     by_rows,
     dequantise,
     floats,
@@ -21,6 +23,7 @@ from hasten.model.grid import (
     quantise,
     quantised_names,
     quantization_config,
+    read_grid,
     stored,
     unpack,
 )
@@ -210,3 +213,48 @@ def test_large_matrices_are_computed_some_rows_at_a_time_with_the_same_result(mo
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(whole, computed(), strict=True))
     assert torch.equal(by_rows(counted, weight), weight)
     assert largest == 4
+INT4, INT8 = Grid(4, 8), Grid(8, 0)
+SEVERAL = Grids({"a": INT8, "b": INT4, "c": INT8})
+
+
+def test_several_grids_say_of_each_matrix_where_it_lies() -> None:
+    assert SEVERAL.kinds == (INT4, INT8)
+    assert [SEVERAL.of(name) for name in "abc"] == [INT8, INT4, INT8]
+    assert SEVERAL.named(INT8) == ["a", "c"]
+    assert (SEVERAL.covers("b"), SEVERAL.covers("d"), INT4.covers("d")) == (True, False, True)
+    assert (INT4.words, INT8.words) == ("int4 group 8", "int8 per channel")
+    with pytest.raises(UserError, match="stores integers of d but its manifest declares no grid for it"):
+        SEVERAL.of("d")
+
+
+@pytest.mark.parametrize("grid", [INT4, SEVERAL])
+def test_what_a_manifest_says_of_grids_is_read_back(grid: Grid | Grids) -> None:
+    again = read_grid(json.loads(json.dumps(grid.describe())))
+    assert again.describe() == grid.describe()
+    assert [again.of(name) for name in "abc"] == [grid.of(name) for name in "abc"]
+    assert INT4.describe() == {"bits": 4, "group_size": 8, "symmetric": True}
+
+
+def test_matrices_on_several_grids_are_read_back_exactly() -> None:
+    tensors, expected = {}, {}
+    for number, name in enumerate("abc"):
+        grid = SEVERAL.of(name)
+        q = torch.randint(grid.lowest, grid.highest + 1, (3, 16), dtype=torch.int8)
+        scale = portable_scale(torch.rand(3, grid.groups(16)) + number)
+        tensors |= stored(name, q, scale, grid)
+        expected[f"{name}.weight"] = dequantise(q, scale)
+    opened = floats(tensors | {"d.weight": torch.ones(2, 2)}, SEVERAL)
+    assert opened.keys() == {*expected, "d.weight"}
+    assert all(torch.equal(opened[name], value) for name, value in expected.items())
+    with pytest.raises(UserError, match="matrix b does not fit"):
+        floats(tensors, Grids(dict.fromkeys("abc", INT8)))
+
+
+def test_several_grids_are_groups_with_named_targets_to_compressed_tensors() -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    groups = QuantizationConfig.model_validate(quantization_config(SEVERAL, ignore=["d"])).config_groups
+    assert [(group.targets, group.weights.num_bits, group.weights.group_size) for group in groups.values()] == [
+        (["b"], 4, 8),
+        (["a", "c"], 8, None),
+    ]

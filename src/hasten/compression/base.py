@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from hasten.model.decoder import Decoder
-    from hasten.model.grid import Grid
+    from hasten.model.grid import Grid, Grids
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Calibration:
 class Compressed:
     """What a method hands back: the model's config and tensors, and what it did.
 
-    grid: the grid of its integers, or None if the weights stay float. notes: facts for the manifest
+    grid: the grid of its integers, or of each matrix, or None if the weights stay float. notes: facts for the manifest
     (deterministic: scores, dropped layers), no timings. files: JSON files that it has instead of its parent's, by name
     (`tokenizer.json`); None for one that it shall not have. cost: figures of making it beside time and memory
     (`build_steps`, `build_tokens`). curves: (step, value) by name, of methods that train.
@@ -60,7 +60,7 @@ class Compressed:
 
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
-    grid: Grid | None = None
+    grid: Grid | Grids | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Json | None] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)

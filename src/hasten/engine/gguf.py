@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.artifacts import SCHEMA, Checkpoint, Json
-from hasten.engine.base import Dtype
+from hasten.engine.base import Dtype, Support
 from hasten.engine.gguf_layout import Entry, architecture, describe, entries, refusal, usable_context
 from hasten.engine.gguf_vocabulary import Vocabulary, id_vocabulary, read_vocabulary
+from hasten.engine.grids import every
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from hasten.model.config import ModelConfig
-    from hasten.model.grid import Grid
+    from hasten.model.grid import Grid, Grids
 
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -55,22 +56,29 @@ def unsupported(checkpoint: Checkpoint, max_context: int | None = None) -> str |
 
 
 def _unsupported_grid(checkpoint: Checkpoint) -> str | None:
-    grid = checkpoint.manifest.get("grid")
-    if not grid:
-        return None
-    bits, group_size = grid.get("bits"), grid.get("group_size")
-    if bits not in INTEGERS or not grid.get("symmetric", True):
-        return f"llama.cpp has no format for {bits}-bit integers on this grid; it has symmetric 4-bit and 8-bit ones"
-    if not group_size or group_size % BLOCK:
-        needed = f"{INTEGERS[bits]} stores a scale for every {BLOCK} weights"
-        return f"{needed}: group_size must be a multiple of {BLOCK}, got {group_size}"
-    return None
+    grid = declared_grid(checkpoint)
+    return every(grid, _supports_grid).reason if grid else None
 
 
-def format_name(checkpoint: Checkpoint, weight_dtype: Dtype) -> str:
-    """The GGUF type of the matrices: `Q8_0`, `Q4_0`, `F32`, `F16` or `BF16`."""
+def declared_grid(checkpoint: Checkpoint) -> Grid | Grids | None:
+    """As `hasten.model.huggingface.grid_of`, without torch: what is built already is loaded without it."""
+    from hasten.model.grid import read_grid
+
     grid = checkpoint.manifest.get("grid")
-    return INTEGERS[grid["bits"]] if grid else FLOATS[weight_dtype]
+    return read_grid(grid) if grid else None
+
+
+def _supports_grid(grid: Grid) -> Support:
+    kind = INTEGERS[grid.bits]
+    if not grid.group_size or grid.group_size % BLOCK:
+        needed = f"{kind} stores a scale for every {BLOCK} weights"
+        return Support(reason=f"{needed}: group_size must be a multiple of {BLOCK}, got {grid.group_size}")
+    return Support(native_format=kind)
+
+
+def format_name(grid: Grid | Grids | None, weight_dtype: Dtype) -> str:
+    """The GGUF type of the matrices: `Q8_0`, `Q4_0`, `F32`, `F16` or `BF16`; `Q4_0 and Q8_0` if there are several."""
+    return every(grid, _supports_grid).native_format or "" if grid else FLOATS[weight_dtype]
 
 
 def blocks(q: torch.Tensor, scale: torch.Tensor, bits: int) -> Bytes:
@@ -105,20 +113,20 @@ class Encoder:
     """Turns a checkpoint's tensors into GGUF types, one at a time (the file may be larger than memory)."""
 
     tensors: dict[str, torch.Tensor]
-    grid: Grid | None
+    grid: Grid | Grids | None
     weight_dtype: Dtype
 
     @property
     def format(self) -> str:
         """What the file's format is called."""
-        return INTEGERS[self.grid.bits] if self.grid else FLOATS[self.weight_dtype]
+        return format_name(self.grid, self.weight_dtype)
 
     def kind(self, entry: Entry) -> str:
         """The GGUF type of a tensor; norms and biases stay float32."""
         if self.has_integers(entry):
             if self.grid is None:
                 raise UserError("the checkpoint stores integers but its manifest declares no grid")
-            return INTEGERS[self.grid.bits]
+            return INTEGERS[self.grid.of(entry.source).bits]
         return FLOATS[self.weight_dtype] if len(entry.shape) == 2 else "F32"
 
     def has_integers(self, entry: Entry) -> bool:
@@ -135,7 +143,7 @@ class Encoder:
             self._check(entry, tuple(q.shape), scale)
             if entry.heads:
                 q, scale = turn_pairs(q, entry.heads), turn_pairs(scale, entry.heads)
-            return blocks(q, scale, self.grid.bits)
+            return blocks(q, scale, self.grid.of(entry.source).bits)
         weight = self.tensors.get(f"{entry.source}.{entry.part}")
         if weight is None:
             raise UserError(f"model.safetensors lacks {entry.source}.{entry.part}")

@@ -176,11 +176,12 @@ def _feed_forward(config: ModelConfig, source: str, name: str) -> Iterator[Entry
 def describe(writer: Any, config: ModelConfig, kind: str) -> None:
     """The hyperparameters llama.cpp reads. No names or dates: the same variant gives the same bytes.
 
-    writer: a `gguf.GGUFWriter` of this architecture. kind: the type of the matrices.
+    writer: a `gguf.GGUFWriter` of this architecture. kind: the type of the matrices; of several, the file is called by
+    the first.
     """
     import gguf
 
-    file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
+    file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind.split()[0]}"
     writer.add_file_type(gguf.LlamaFileType[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)

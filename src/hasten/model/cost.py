@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hasten.model.shape import Shape
 
 FLOAT32 = Format.floats(4)
+HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 
 
 class NetworkCost(ABC):
@@ -114,10 +115,28 @@ class NetworkCost(ABC):
 
     def _bytes(self, held: Format, matrices: list[Matrix], vectors: int, rows: int) -> int:
         """rows: how many of the embedding, where it is not the head."""
-        inner = sum(held.matrices.bytes_of(matrix) for matrix in (*matrices, self.head)) + vectors * held.vector_bytes
-        if self.config.tied_head and not held.matrices.quantised:
-            return inner
-        return inner + held.embedding.bytes_of(Matrix(rows, self.embedding.columns))
+        head, table = held.named.get(HEAD, held.matrices), held.named.get(EMBEDDING, held.embedding)
+        inner = sum(held.matrices.bytes_of(matrix) for matrix in matrices) + vectors * held.vector_bytes
+        if named := held.named.keys() - {HEAD, EMBEDDING}:
+            shapes = self.shapes()
+            inner += sum(
+                held.named[name].bytes_of(shapes[name]) - held.matrices.bytes_of(shapes[name]) for name in named
+            )
+        if self.config.tied_head and not head.quantised:
+            return inner + table.bytes_of(self.head)
+        return inner + head.bytes_of(self.head) + table.bytes_of(Matrix(rows, self.embedding.columns))
+
+    def shapes(self) -> dict[str, Matrix]:
+        """Every matrix by its name in a checkpoint (without `.weight`)."""
+        import torch
+
+        from hasten.model.shape import build
+
+        with torch.device("meta"):
+            tensors = build(self.config).state_dict()
+        return {
+            name.removesuffix(".weight"): Matrix(*value.shape) for name, value in tensors.items() if value.dim() == 2
+        }
 
 
 @dataclass(frozen=True)

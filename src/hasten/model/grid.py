@@ -8,18 +8,20 @@ group of 32 is llama.cpp's Q4_0 block, an 8-bit group of 32 its Q8_0 block.
 On disk this is the open compressed-tensors layout, format `pack-quantized`
 (https://github.com/neuralmagic/compressed-tensors): per matrix `<name>.weight_packed` (int32,
 little-endian fields, integers shifted to unsigned), `<name>.weight_scale` (out, groups) and
-`<name>.weight_shape`; transformers reads it.
+`<name>.weight_shape`; transformers reads it. The manifest says on which grid they lie: `Grid`, one for all matrices, or
+`Grids`, which names the matrices of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from hasten.errors import UserError, one_of
+
+if TYPE_CHECKING:
+    import torch
 
 BITS = (4, 8)
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero
@@ -52,6 +54,24 @@ class Grid:
     def highest(self) -> int:
         return (1 << (self.bits - 1)) - 1
 
+    @property
+    def words(self) -> str:
+        """`int4 group 32`, `int8 per channel`."""
+        return f"int{self.bits} {f'group {self.group_size}' if self.group_size else 'per channel'}"
+
+    @property
+    def kinds(self) -> tuple[Grid, ...]:
+        """As of `Grids`."""
+        return (self,)
+
+    def covers(self, name: str) -> bool:
+        """As of `Grids`."""
+        return True
+
+    def of(self, name: str) -> Grid:
+        """As of `Grids`."""
+        return self
+
     def describe(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -64,12 +84,54 @@ class Grid:
         return columns // self.group_size
 
 
+@dataclass(frozen=True)
+class Grids:
+    """A grid for each matrix, by its name (without `.weight`). A matrix without one is stored as floats."""
+
+    by_name: Mapping[str, Grid]
+
+    @property
+    def kinds(self) -> tuple[Grid, ...]:
+        """The grids that there are, those of fewer bits first."""
+        return tuple(sorted(set(self.by_name.values()), key=lambda grid: (grid.bits, grid.group_size)))
+
+    def covers(self, name: str) -> bool:
+        """Whether a matrix lies on a grid."""
+        return name in self.by_name
+
+    def of(self, name: str) -> Grid:
+        """The grid of a matrix that is stored as integers. Raises `UserError` if none is declared."""
+        if name not in self.by_name:
+            raise UserError(f"the checkpoint stores integers of {name} but its manifest declares no grid for it")
+        return self.by_name[name]
+
+    def named(self, kind: Grid) -> list[str]:
+        """The matrices on a grid."""
+        return [name for name, grid in self.by_name.items() if grid == kind]
+
+    def describe(self) -> dict[str, Any]:
+        return {"groups": [{**kind.describe(), "matrices": self.named(kind)} for kind in self.kinds]}
+
+
+def read_grid(described: Mapping[str, Any]) -> Grid | Grids:
+    """The inverse of both `describe`s."""
+    if "groups" not in described:
+        return Grid(**described)
+    found: dict[str, Grid] = {}
+    for group in described["groups"]:
+        grid = Grid(**{key: value for key, value in group.items() if key != "matrices"})
+        found.update(dict.fromkeys(group["matrices"], grid))
+    return Grids(found)
+
+
 def portable_scale(scale: torch.Tensor) -> torch.Tensor:
     """The nearest scale (to within a rounding) that bfloat16 and float16 both hold exactly, float32, above zero.
 
     bfloat16 has 8 significant bits, float16 11 but a narrow exponent: rounding to the first and then
     to the second leaves a number that both hold, also where float16 is subnormal.
     """
+    import torch
+
     rounded = scale.to(torch.bfloat16).clamp(max=LARGEST_SCALE).to(torch.float16).float()
     return rounded.clamp(min=SMALLEST_SCALE)
 
@@ -91,6 +153,7 @@ def by_rows(function: Callable[..., torch.Tensor], *matrices: torch.Tensor) -> t
 
 def quantise(weight: torch.Tensor, scale: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Round to the grid, half to even. weight (out, in), scale (out, groups) -> int8 (out, in)."""
+    import torch
 
     def rounded(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         out, columns = weight.shape
@@ -113,6 +176,8 @@ def dequantise(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def pack(q: torch.Tensor, bits: int) -> torch.Tensor:
     """int8 (out, in) -> int32 (out, ceil(in * bits / 32)), lowest field first, shifted to unsigned."""
+    import torch
+
     per_word = 32 // bits
 
     def packed(q: torch.Tensor) -> torch.Tensor:
@@ -127,6 +192,7 @@ def pack(q: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """The inverse of `pack`: int32 (out, words) -> int8 (out, columns)."""
+    import torch
 
     def integers(packed: torch.Tensor) -> torch.Tensor:
         words = packed.to(torch.int64) & 0xFFFFFFFF
@@ -139,6 +205,8 @@ def unpack(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
 def stored(name: str, q: torch.Tensor, scale: torch.Tensor, grid: Grid) -> dict[str, torch.Tensor]:
     """The tensors under which a quantised matrix `name` (without `.weight`) is saved."""
+    import torch
+
     return {
         f"{name}.weight_packed": pack(q, grid.bits).contiguous(),
         f"{name}.weight_scale": scale.float().contiguous(),
@@ -151,11 +219,12 @@ def quantised_names(tensors: dict[str, torch.Tensor]) -> list[str]:
     return [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]
 
 
-def integers(tensors: dict[str, torch.Tensor], name: str, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+def integers(tensors: dict[str, torch.Tensor], name: str, grid: Grid | Grids) -> tuple[torch.Tensor, torch.Tensor]:
     """A stored matrix's integers, int8 (out, in), and scales, float32 (out, groups).
 
     Raises `UserError` if a part is missing or the parts do not fit each other and the grid.
     """
+    grid = grid.of(name)
     try:
         packed, scale, shape = (tensors[f"{name}.weight_{part}"] for part in ("packed", "scale", "shape"))
     except KeyError as error:
@@ -170,7 +239,7 @@ def integers(tensors: dict[str, torch.Tensor], name: str, grid: Grid) -> tuple[t
     return unpack(packed, grid.bits, columns), scale.float()
 
 
-def floats(tensors: dict[str, torch.Tensor], grid: Grid | None) -> dict[str, torch.Tensor]:
+def floats(tensors: dict[str, torch.Tensor], grid: Grid | Grids | None) -> dict[str, torch.Tensor]:
     """The same model with every matrix as float32: integers are dequantised, the rest is passed on."""
     names = quantised_names(tensors)
     if not names:
@@ -183,21 +252,30 @@ def floats(tensors: dict[str, torch.Tensor], grid: Grid | None) -> dict[str, tor
     return result
 
 
-def quantization_config(grid: Grid, ignore: list[str]) -> dict[str, Any]:
-    """`quantization_config` for `config.json`, as compressed-tensors writes it."""
-    weights = {
-        "num_bits": grid.bits,
-        "type": "int",
-        "symmetric": grid.symmetric,
-        "strategy": "group" if grid.group_size else "channel",
-        "group_size": grid.group_size or None,
-        "dynamic": False,
-        "observer": "minmax",
+def quantization_config(grid: Grid | Grids, ignore: list[str]) -> dict[str, Any]:
+    """`quantization_config` for `config.json`, as compressed-tensors writes it.
+
+    Several grids name their matrices: a reader that joins matrices of one input looks for them by their names.
+    """
+    groups = {
+        f"group_{number}": {
+            "targets": ["Linear"] if isinstance(grid, Grid) else grid.named(kind),
+            "weights": {
+                "num_bits": kind.bits,
+                "type": "int",
+                "symmetric": kind.symmetric,
+                "strategy": "group" if kind.group_size else "channel",
+                "group_size": kind.group_size or None,
+                "dynamic": False,
+                "observer": "minmax",
+            },
+        }
+        for number, kind in enumerate(grid.kinds)
     }
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": groups,
         "ignore": ignore,
     }

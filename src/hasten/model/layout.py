@@ -8,13 +8,14 @@ then a matrix of its own beside the embedding, tied or not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
-    from hasten.model.grid import Grid
+    from hasten.model.grid import Grid, Grids
 
 BLOCK = 32
 """Weights that share a scale in llama.cpp's Q8_0 and Q4_0."""
@@ -67,12 +68,14 @@ class Layout:
 class Format:
     """How a whole model is held. matrices: the head too; a tied one is the embedding, unless it is quantised.
 
-    vector_bytes: of one element of a norm or a bias.
+    vector_bytes: of one element of a norm or a bias. named: matrices that are held otherwise, by their names in a
+    checkpoint (without `.weight`), head and embedding among them.
     """
 
     matrices: Layout
     embedding: Layout
     vector_bytes: int = 4
+    named: Mapping[str, Layout] = field(default_factory=dict)
 
     @classmethod
     def floats(cls, element_bytes: int = 4) -> Format:
@@ -81,15 +84,29 @@ class Format:
         return cls(layout, layout, element_bytes)
 
     @classmethod
-    def stored(cls, grid: Grid) -> Format:
-        """As a quantised checkpoint is stored: 32-bit words, float32 scales, each matrix's shape as two int64."""
-        return cls(Layout(grid.bits, 4, grid.group_size, word_bytes=4, matrix_bytes=16), Layout(32))
+    def on(cls, grid: Grid | Grids, layout: Callable[[Grid], Layout], element_bytes: int = 4) -> Format:
+        """Integers in the layout of their grid, all else floats."""
+        from hasten.model.grid import Grids
+
+        plain = Layout(8 * element_bytes)
+        if isinstance(grid, Grids):
+            return cls(plain, plain, element_bytes, {name: layout(kind) for name, kind in grid.by_name.items()})
+        return cls(layout(grid), plain, element_bytes)
 
     @classmethod
-    def packed(cls, grid: Grid) -> Format:
+    def stored(cls, grid: Grid | Grids) -> Format:
+        """As a quantised checkpoint is stored: 32-bit words, float32 scales, each matrix's shape as two int64."""
+        return cls.on(grid, lambda kind: Layout(kind.bits, 4, kind.group_size, word_bytes=4, matrix_bytes=16))
+
+    @classmethod
+    def packed(cls, grid: Grid | Grids) -> Format:
         """As an engine reads a grid that it runs natively: integers without gaps, scales of 16 bits.
 
         Groups of a multiple of 32 are read as llama.cpp's Q8_0 or Q4_0: a scale is repeated in every block of 32.
         """
-        group = BLOCK if grid.group_size and grid.group_size % BLOCK == 0 else grid.group_size
-        return cls(Layout(grid.bits, 2, group), Layout(32))
+
+        def layout(kind: Grid) -> Layout:
+            blocks = kind.group_size and kind.group_size % BLOCK == 0
+            return Layout(kind.bits, 2, BLOCK if blocks else kind.group_size)
+
+        return cls.on(grid, layout)

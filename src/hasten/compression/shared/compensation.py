@@ -15,7 +15,7 @@ from torch import Tensor
 from hasten.compression.shared.layerwise import Group, Inputs
 from hasten.compression.shared.quantiser import Integers, Scale, chosen_scale
 from hasten.compression.shared.rounding import Rounding
-from hasten.model.grid import Grid, by_rows
+from hasten.model.grid import Grid, Grids, by_rows
 
 BLOCK = 128
 """Columns whose errors reach the rest of the matrix together."""
@@ -24,7 +24,7 @@ BLOCK = 128
 class Compensating(Rounding):
     """Rounds every matrix that way. raised: by group, the damping it took where the one asked for was too little."""
 
-    def __init__(self, grid: Grid, how: Scale, *, damping: float, act_order: bool) -> None:
+    def __init__(self, grid: Grid | Grids, how: Scale, *, damping: float, act_order: bool) -> None:
         super().__init__(grid)
         self.how, self.damping, self.act_order = how, damping, act_order
         self.raised: dict[str, float] = {}
@@ -40,8 +40,8 @@ class Compensating(Rounding):
         del self.factor
 
     def rounded(self, name: str, weight: Tensor, inputs: Inputs) -> Integers:
-        scale = chosen_scale(weight, self.grid, self.how, inputs.gram.diagonal())
-        order, grid = self.order, self.grid
+        grid, order = self.grid.of(name), self.order
+        scale = chosen_scale(weight, grid, self.how, inputs.gram.diagonal())
         return by_rows(lambda rows, steps: compensated(rows, steps, self.factor, order, grid), weight, scale), scale
 
 

@@ -14,7 +14,7 @@ from hasten.errors import UserError, one_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hasten.model.grid import Grid
+    from hasten.model.grid import Grid, Grids
 
 Integers = tuple["Tensor", "Tensor"]
 """A matrix on a grid: int8 (out, in) and its scales, float32 (out, groups)."""
@@ -67,19 +67,8 @@ class Quantiser(Compressor):
         return Grid(self.bits, self.group_size, self.symmetric)
 
     def untied(self, parent: Checkpoint) -> tuple[Json, dict[str, Tensor]]:
-        """The parent's config and tensors, with a head of its own if that is to be quantised.
-
-        Raises `UserError` on a quantised parent.
-        """
-        from hasten.model.grid import quantised_names
-
-        config, tensors = dict(parent.config), parent.tensors()
-        if quantised_names(tensors):
-            raise UserError(f"{self.name} needs a float parent, got {parent.path} which is already quantised")
-        if self.head and config.get("tie_word_embeddings"):
-            config["tie_word_embeddings"] = False
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-        return config, tensors
+        """As `untied`, if the head is to be quantised."""
+        return untied(self, parent, head=self.head)
 
     def quantises(self, name: str) -> bool:
         """Whether a checkpoint's tensor becomes integers."""
@@ -99,23 +88,46 @@ class Quantiser(Compressor):
     def stored(
         self, config: Json, tensors: Mapping[str, Tensor], integers: dict[str, Integers], **facts: Any
     ) -> Compressed:
-        """The variant: matrices (by tensor name) as integers, every other tensor as it is. facts: for the manifest.
-
-        Takes each out of `integers` as it is packed, so that they are not in memory twice.
-        """
-        from hasten.model.grid import quantization_config, stored
-
+        """The variant: matrices (by tensor name) as integers, every other tensor as it is. facts: for the manifest."""
         assert integers.keys() == {name for name in tensors if self.quantises(name)}
-        result: dict[str, Tensor] = {}
-        for name, value in tensors.items():
-            if name in integers:
-                result.update(stored(name.removesuffix(".weight"), *integers.pop(name), self.grid))
-            else:
-                result[name] = value
-        ignored = [] if self.head else ["lm_head"]
-        return Compressed(
-            {**config, "quantization_config": quantization_config(self.grid, ignored)}, result, self.grid, facts
-        )
+        return on_grid(self.grid, config, tensors, integers, facts)
+
+
+def untied(method: Compressor, parent: Checkpoint, *, head: bool) -> tuple[Json, dict[str, Tensor]]:
+    """The parent's config and tensors; head: with a head of its own, which is to become integers.
+
+    Raises `UserError` on a quantised parent.
+    """
+    from hasten.model.grid import quantised_names
+
+    config, tensors = dict(parent.config), parent.tensors()
+    if quantised_names(tensors):
+        raise UserError(f"{method.name} needs a float parent, got {parent.path} which is already quantised")
+    if head and config.get("tie_word_embeddings"):
+        config["tie_word_embeddings"] = False
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    return config, tensors
+
+
+def on_grid(
+    grid: Grid | Grids, config: Json, tensors: Mapping[str, Tensor], integers: dict[str, Integers], facts: Json
+) -> Compressed:
+    """A variant: matrices (by tensor name) as integers, every other tensor as it is. facts: for the manifest.
+
+    Takes each out of `integers` as it is packed, so that they are not in memory twice.
+    """
+    from hasten.model.grid import quantization_config, stored
+
+    result: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name in integers:
+            matrix = name.removesuffix(".weight")
+            result.update(stored(matrix, *integers.pop(name), grid.of(matrix)))
+        else:
+            result[name] = value
+    linear = {**dict.fromkeys(name for name in tensors if is_linear(name)), "lm_head.weight": None}  # tied or not
+    ignored = [name.removesuffix(".weight") for name in linear if f"{name}_packed" not in result]
+    return Compressed({**config, "quantization_config": quantization_config(grid, ignored)}, result, grid, facts)
 
 
 def is_linear(name: str) -> bool:

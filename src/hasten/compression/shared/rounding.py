@@ -13,19 +13,23 @@ from torch import Tensor
 
 from hasten.compression.shared.layerwise import Group, Inputs, Summing
 from hasten.compression.shared.quantiser import Integers
-from hasten.model.grid import ROWS, Grid, dequantise
+from hasten.model.grid import ROWS, Grid, Grids, dequantise
 
 
 class Rounding(Summing):
-    """integers: by tensor name. errors: by matrix."""
+    """grid: of all matrices, or of each; those that have none stay as they are. integers: by tensor name. errors: by
+    matrix.
+    """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid | Grids) -> None:
         self.grid = grid
         self.integers: dict[str, Integers] = {}
         self.errors: dict[str, float] = {}
 
     def settle(self, group: Group, inputs: Inputs) -> None:
         for name, linear in zip(group.names, group.linears, strict=True):
+            if not self.grid.covers(name):
+                continue
             weight = linear.weight.detach()
             q, scale = self.rounded(name, weight, inputs)
             lost = whole = 0.0

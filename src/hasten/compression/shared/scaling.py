@@ -78,8 +78,9 @@ class Clipping(Rounding):
 
     def rounded(self, name: str, weight: Tensor, inputs: Inputs) -> Integers:
         how = Scale.nearest if name.endswith(self.plain) else self.how
-        scale = chosen_scale(weight, self.grid, how, inputs.gram)
-        return quantise(weight, scale, self.grid), scale
+        grid = self.grid.of(name)
+        scale = chosen_scale(weight, grid, how, inputs.gram)
+        return quantise(weight, scale, grid), scale
 
 
 def changed(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant
 from hasten.engine.base import Dtype, Engine, Request, Session, Support
+from hasten.engine.grids import apart, every, table
 from hasten.engine.streaming import Flight, Stream
 from hasten.engine.torch_options import check_device, check_follows, prepare
 from hasten.errors import UserError
@@ -77,7 +78,7 @@ class Compiled(Engine):
         return self.weights if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
 
     def supports(self, variant: Variant) -> Support:
-        from hasten.engine.compiled.matrices import unsupported
+        from hasten.engine.compiled.matrices import supports_grid
         from hasten.model.config_json import from_huggingface
         from hasten.model.huggingface import grid_of
 
@@ -94,11 +95,9 @@ class Compiled(Engine):
             return Support(
                 reason=f"torch's kernels for integers are the CPU's: devices must be [cpu], got {self.devices}"
             )
-        if reason := unsupported(grid):
+        if reason := apart(grid) or table(grid):
             return Support(reason=reason)
-        return Support(
-            native_format=f"int{grid.bits} {f'group {grid.group_size}' if grid.group_size else 'per channel'}"
-        )
+        return every(grid, supports_grid)
 
     def load(self, variant: Variant, cache: Path) -> CompiledSession:
         support = self.supports(variant)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hasten.artifacts import Checkpoint
+from hasten.engine.base import Support
 from hasten.errors import UserError
-from hasten.model.grid import Grid, integers
+from hasten.model.grid import Grid, Grids, integers
 from hasten.model.huggingface import grid_of
 from hasten.model.shape import build, read_shape
 
@@ -36,6 +37,12 @@ def unsupported(grid: Grid) -> str | None:
         groups = ", ".join(map(str, INT4_GROUPS))
         return f"torch's int4 kernel has groups of {groups}: group_size must be one of them, got {grid.group_size}"
     return None
+
+
+def supports_grid(grid: Grid) -> Support:
+    """What `unsupported` says, as an engine's answer."""
+    reason = unsupported(grid)
+    return Support(reason=reason) if reason else Support(native_format=grid.words)
 
 
 class Float(nn.Module):
@@ -148,9 +155,9 @@ class Stored:
             raise UserError(f"{self.path}: the checkpoint stores integers but its manifest declares no grid")
         parts = [self.integers(name, self.grid) for name in names]
         q, scale = (torch.cat(values) for values in zip(*parts, strict=True))
-        return (Int8 if self.grid.bits == 8 else Int4)(q, scale, bias, self.dtype)
+        return (Int8 if self.grid.of(names[0]).bits == 8 else Int4)(q, scale, bias, self.dtype)
 
-    def integers(self, name: str, grid: Grid) -> tuple[Tensor, Tensor]:
+    def integers(self, name: str, grid: Grid | Grids) -> tuple[Tensor, Tensor]:
         """q (R, C) int8 and its scales (R, groups)."""
         q, scale = integers(self.tensors, name, grid)
         self.check(f"{name}.weight", q.shape, scale)

@@ -116,7 +116,7 @@ class Llamacpp(Engine):
         if self.kv_cache_dtype is Dtype.int8 and width % gguf.BLOCK:
             return Support(reason=f"a Q8_0 KV cache has a scale for every {gguf.BLOCK} values: the heads' width must "
                            f"be a multiple of it, got {width}")  # fmt: skip
-        kind = gguf.format_name(variant, self.weights)
+        kind = gguf.format_name(gguf.declared_grid(variant), self.weights)
         if self.converts:
             if variant.manifest.get("grid"):
                 return Support(reason=f"engine.conversion={self.conversion.value} rounds floats, this lies on a grid")

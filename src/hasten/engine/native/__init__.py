@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant, digest, write_json
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token, built
+from hasten.engine.grids import apart, every
 from hasten.engine.native import build as kernels
 from hasten.engine.streaming import HAND_OVER_SECONDS
 from hasten.errors import UserError
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hasten.engine.native.loaded import Loaded
+    from hasten.model.grid import Grid
 
 RUNNING, FINISHED, _CANCELLED, NOT_FINITE = range(1, 5)  # `Status` of cpp/server.cpp
 ALIGNED = 64
@@ -116,6 +118,7 @@ class Native(Engine):
 
     def _supports(self, variant: Variant) -> Support:
         from hasten.model.config_json import from_huggingface
+        from hasten.model.huggingface import grid_of
 
         if kernels.compiler() is None:
             return Support(reason="engine native needs a C++ compiler (g++ or clang++, or the one that CXX names)")
@@ -123,13 +126,17 @@ class Native(Engine):
             from_huggingface(variant.config)
         except UserError as error:
             return Support(reason=str(error))
-        grid = variant.manifest.get("grid")
-        if not grid:
+        grid = grid_of(variant)
+        if grid is None:
             return Support(native_format=self.weights.name)
-        if grid["group_size"] % 32:
-            return Support(reason=f"group_size must be 0 or a multiple of 32, got {grid['group_size']}")
-        group = f"group {grid['group_size']}" if grid["group_size"] else "per channel"
-        return Support(native_format=f"int{grid['bits']} {group}")
+        if reason := apart(grid):
+            return Support(reason=reason)
+        return every(grid, self._supports_grid)
+
+    def _supports_grid(self, grid: Grid) -> Support:
+        if grid.group_size % 32:
+            return Support(reason=f"group_size must be 0 or a multiple of 32, got {grid.group_size}")
+        return Support(native_format=grid.words)
 
     def _misfit(self, draft: Variant, variant: Variant) -> str | None:
         """Why a draft cannot guess for a variant that the engine runs; None if it can."""

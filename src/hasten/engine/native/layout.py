@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hasten.errors import UserError
 from hasten.model.config import ModelConfig
-from hasten.model.grid import Grid, integers
+from hasten.model.grid import Grid, Grids, integers
 
 LANES, STRETCH = 16, 32
 KINDS = {"float32": 0, "bfloat16": 1, 8: 2, 4: 3}
@@ -130,7 +130,7 @@ def in_rows(scale: Tensor) -> Tensor:
 class Packer:
     """Packs a checkpoint's matrices by name. tensors: as stored. dtype: of those that are floats."""
 
-    def __init__(self, tensors: dict[str, Tensor], grid: Grid | None, dtype: torch.dtype) -> None:
+    def __init__(self, tensors: dict[str, Tensor], grid: Grid | Grids | None, dtype: torch.dtype) -> None:
         self.tensors, self.grid, self.dtype = tensors, grid, dtype
 
     def has(self, name: str) -> bool:
@@ -164,14 +164,15 @@ class Packer:
         )
 
     def one(self, name: str) -> Packed:
-        return self.pack(*self.stored(name), self.bias(name))
+        return self.pack(name, *self.stored(name), self.bias(name))
 
     def joined_by_row(self, *names: str) -> Packed:
         """As `matrix`, where a matrix ends within a block."""
         stored = [self.stored(name) for name in names]
         scales = [scale for _, scale in stored if scale is not None]
         bias = torch.cat([self.bias(name) for name in names])
-        return self.pack(torch.cat([values for values, _ in stored]), torch.cat(scales) if scales else None, bias)
+        values = torch.cat([values for values, _ in stored])
+        return self.pack(names[0], values, torch.cat(scales) if scales else None, bias)
 
     def bias(self, name: str) -> Tensor:
         return self.vector(f"{name}.bias") if f"{name}.bias" in self.tensors else torch.empty(0)
@@ -185,7 +186,8 @@ class Packer:
             return q, finite(name, scale)
         return self.vector(f"{name}.weight").to(self.dtype), None
 
-    def pack(self, values: Tensor, scale: Tensor | None, bias: Tensor) -> Packed:
+    def pack(self, name: str, values: Tensor, scale: Tensor | None, bias: Tensor) -> Packed:
+        """name: of a matrix on the same grid, if they are integers."""
         rows, columns = values.shape[0], padded(values.shape[1], STRETCH)
         if len(bias):
             bias = torch.nn.functional.pad(bias, (0, padded(rows, LANES) - rows))
@@ -194,7 +196,8 @@ class Packer:
             kind = KINDS[str(self.dtype).removeprefix("torch.")]
             return Packed(kind, rows, columns, columns, in_blocks(values, together), torch.empty(0), bias)
         assert self.grid is not None
-        bits, group = self.grid.bits, self.grid.group_size or columns
+        grid = self.grid.of(name)
+        bits, group = grid.bits, grid.group_size or columns
         return Packed(KINDS[bits], rows, columns, group, packed_integers(values, bits), packed_scales(scale), bias)
 
 

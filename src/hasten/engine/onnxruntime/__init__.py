@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hasten.artifacts import SCHEMA, Json, Variant, read_json, write_json
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, built
+from hasten.engine.grids import every, table
 from hasten.engine.onnxruntime.model import Model
 from hasten.engine.onnxruntime.runtime import rounds_activations
 from hasten.engine.sampling import probabilities
@@ -33,6 +34,8 @@ from hasten.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
+
+    from hasten.model.grid import Grid
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Onnxruntime(Engine):
 
     def supports(self, variant: Variant) -> Support:
         from hasten.model.config_json import from_huggingface
+        from hasten.model.huggingface import grid_of
 
         missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
         if missing:
@@ -77,14 +81,15 @@ class Onnxruntime(Engine):
             return Support(reason=str(error))
         if shape.head_width % 16:
             return Support(reason=f"GroupQueryAttention turns heads of a multiple of 16 values, got {shape.head_width}")
-        grid = variant.manifest.get("grid")
-        if not grid:
-            return Support(native_format="float32")
-        return self._supports_grid(grid["bits"], grid["group_size"])
+        grid = grid_of(variant)
+        if reason := table(grid):
+            return Support(reason=reason)
+        return every(grid, self._supports_grid) if grid else Support(native_format="float32")
 
-    def _supports_grid(self, bits: int, group_size: int) -> Support:
+    def _supports_grid(self, grid: Grid) -> Support:
         from hasten.engine.onnxruntime.blocks import BLOCKS, block_size
 
+        bits, group_size = grid.bits, grid.group_size
         if group_size % BLOCKS[-1]:
             return Support(reason=f"MatMulNBits has a scale for {BLOCKS[-1]} to {BLOCKS[0]} weights: group_size must "
                            f"be 0 or a multiple of {BLOCKS[-1]}, got {group_size}")  # fmt: skip
@@ -114,10 +119,13 @@ class Onnxruntime(Engine):
         return built(cache / "onnxruntime" / f"{variant.hash}-{arithmetic}-{graph.FORMAT}", make)
 
     def load(self, variant: Variant, cache: Path) -> OnnxruntimeSession:
-        support = self.supports(variant)
+        from hasten.model.huggingface import grid_of
+
+        support, grid = self.supports(variant), grid_of(variant)
         if not support:
             raise UserError(f"onnxruntime cannot run {variant.path.name}: {support.reason}")
-        if self.arithmetic(variant) == "int8" and not rounds_activations(variant.manifest["grid"]["bits"]):
+        rounding = grid.kinds if grid and self.arithmetic(variant) == "int8" else ()
+        if not all(rounds_activations(kind.bits) for kind in rounding):
             raise UserError("onnxruntime has no integer kernels for this processor, it would dequantise in every pass")
         start = time.perf_counter()
         folder = self.build(variant, cache)

@@ -22,7 +22,7 @@ from hasten.artifacts import Json
 from hasten.engine.onnxruntime.blocks import block_size, packed, scales
 from hasten.errors import UserError
 from hasten.model.config import Activation, ModelConfig
-from hasten.model.grid import Grid, integers
+from hasten.model.grid import Grid, Grids, integers
 
 if TYPE_CHECKING:
     import onnx
@@ -44,7 +44,9 @@ Kind = tuple[int, list[int | str]]
 class Graph:
     """Nodes as they are added, and their weights in a file. tensors: as stored; grid: theirs, if any are integers."""
 
-    def __init__(self, tensors: dict[str, Tensor], grid: Grid | None, accuracy_level: int, folder: Path) -> None:
+    def __init__(
+        self, tensors: dict[str, Tensor], grid: Grid | Grids | None, accuracy_level: int, folder: Path
+    ) -> None:
         self.tensors, self.grid, self.accuracy_level, self.folder = tensors, grid, accuracy_level, folder
         self.nodes: list[onnx.NodeProto] = []
         self.initialisers: dict[str, onnx.TensorProto] = {}
@@ -92,6 +94,11 @@ class Graph:
             raise UserError(f"model.safetensors lacks {name}")
         return finite(name, self.tensors[name].float())
 
+    def alike(self, *sources: str) -> bool:
+        """Whether matrices lie on one grid, or are all floats."""
+        grid, stored = self.grid, {f"{source}.weight_packed" in self.tensors for source in sources}
+        return len(stored) == 1 and (grid is None or not stored.pop() or len({*map(grid.of, sources)}) == 1)
+
     def linear(self, x: str, *sources: str) -> str:
         """x (..., in) times matrices of the same input, below each other, plus their biases: (..., out)."""
         name = "+".join(sources)
@@ -112,17 +119,17 @@ class Graph:
             raise UserError("the checkpoint stores integers but its manifest declares no grid")
         parts = [integers(self.tensors, source, self.grid) for source in sources]
         q, scale = torch.cat([part[0] for part in parts]), finite(name, torch.cat([part[1] for part in parts]))
-        rows, columns = q.shape
-        block = block_size(self.grid.group_size, columns)
-        weight, by_block = packed(q, self.grid.bits, block), scales(scale, columns, block)
+        (rows, columns), grid = q.shape, self.grid.of(sources[0])
+        block = block_size(grid.group_size, columns)
+        weight, by_block = packed(q, grid.bits, block), scales(scale, columns, block)
         self.bytes += weight.nbytes + by_block.nbytes
         if self.accuracy_level == INT8_ACTIVATIONS:
             self.bytes += by_block.nbytes  # of each block the sum, too, which takes the zero point out again
-        elif self.grid.bits == 8:
+        elif grid.bits == 8:
             self.dequantised_bytes += 4 * q.numel()  # there is no kernel for it
         inputs = [x, self.tensor(f"{name}.weight", weight), self.tensor(f"{name}.scales", by_block)]
         return self.node("MatMulNBits", *inputs, *(("", "", bias) if bias else ()), domain=MICROSOFT, N=rows, K=columns,
-                        bits=self.grid.bits, block_size=block, accuracy_level=self.accuracy_level)  # fmt: skip
+                        bits=grid.bits, block_size=block, accuracy_level=self.accuracy_level)  # fmt: skip
 
     def save(self, inputs: dict[str, Kind], outputs: dict[str, Kind]) -> None:
         """`model.onnx` beside the weights, which are all there."""
@@ -173,9 +180,10 @@ class Layers:
     def attention(self, layer: int, x: str) -> str:
         config, base = self.config, f"model.layers.{layer}.self_attn"
         parts = [f"{base}.{part}_proj" for part in "qkv"]
-        if config.head_norm:
+        if config.head_norm or not self.graph.alike(*parts):
             q, k, v = (self.graph.linear(x, part) for part in parts)
-            q, k = self.head_norm(q, f"{base}.q_norm"), self.head_norm(k, f"{base}.k_norm")
+            if config.head_norm:
+                q, k = self.head_norm(q, f"{base}.q_norm"), self.head_norm(k, f"{base}.k_norm")
         else:
             q, k, v = self.graph.linear(x, *parts), "", ""
         local = "local_" if config.slides(layer) and config.local_rope_theta else ""
@@ -220,7 +228,7 @@ class Layers:
 
 
 def write(
-    config: ModelConfig, tensors: dict[str, Tensor], grid: Grid | None, accuracy_level: int, folder: Path
+    config: ModelConfig, tensors: dict[str, Tensor], grid: Grid | Grids | None, accuracy_level: int, folder: Path
 ) -> Json:
     """`model.onnx` and `weights.bin` in `folder`; how many bytes of weights are held, and how many a token reads."""
     from onnx import TensorProto

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant
 from hasten.engine.base import Dtype, Engine, Request, Session, Support
+from hasten.engine.grids import every, table
 from hasten.engine.openvino.graph import BLOCK, RELEASE, Graph
 from hasten.engine.openvino.runtime import cache_for, kernels, properties, runtime
 from hasten.engine.streaming import Flight, Stream
@@ -34,6 +35,7 @@ from hasten.hardware import cpu_flags
 if TYPE_CHECKING:
     from hasten.engine.openvino.passes import Pass, Sequence
     from hasten.model.config import ModelConfig
+    from hasten.model.grid import Grid, Grids
 
 GROUPS = (0, 16, 32, 64, 128, 256)
 CACHES = {Dtype.float32: (Dtype.float16, Dtype.float32, Dtype.int8), Dtype.bfloat16: (Dtype.bfloat16, Dtype.int8)}
@@ -81,24 +83,25 @@ class Openvino(Engine):
         fastest = Dtype.bfloat16 if has_bfloat16() else Dtype.float32
         return fastest if self.weight_dtype is Dtype.auto else self.weight_dtype
 
-    def activations(self, grid: Json | None) -> Dtype:
+    def activations(self, grid: Grid | Grids | None) -> Dtype:
         """The type of everything that is not rounded, with `auto` resolved. grid: the variant's, None for floats."""
         if self.activation_dtype is not Dtype.auto:
             return self.activation_dtype
         plain = not grid and self.weights is Dtype.bfloat16
         return Dtype.bfloat16 if plain and has_bfloat16() else Dtype.float32
 
-    def kv_cache(self, grid: Json | None) -> Dtype:
+    def kv_cache(self, grid: Grid | Grids | None) -> Dtype:
         """The KV cache's type with `auto` resolved."""
         return CACHES[self.activations(grid)][0] if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
 
-    def rounded(self, grid: Json | None) -> int:
+    def rounded(self, grid: Grid | Grids | None) -> int:
         """How many activations share a scale before a product with integers; 0 if they are not rounded."""
         rounds = grid and self.activation_dtype is Dtype.auto and {"avx512_vnni", "avx_vnni"} & {*cpu_flags()}
         return self.activation_group if rounds else 0
 
     def supports(self, variant: Variant) -> Support:
         from hasten.model.config_json import from_huggingface
+        from hasten.model.huggingface import grid_of
 
         if importlib.util.find_spec("openvino") is None:
             return Support(reason='openvino is not installed: pip install "hasten[openvino]"')
@@ -108,7 +111,7 @@ class Openvino(Engine):
             shape = from_huggingface(variant.config)
         except UserError as error:
             return Support(reason=str(error))
-        grid = variant.manifest.get("grid")
+        grid = grid_of(variant)
         if self.activation_dtype is Dtype.bfloat16 and not has_bfloat16():
             return Support(reason="this processor has no bfloat16: activation_dtype must be auto or float32")
         if not grid and self.activations(grid) is not self.weights:
@@ -121,10 +124,14 @@ class Openvino(Engine):
                 reason=f"beside {self.activations(grid).name} activations kv_cache_dtype must be auto or "
                 f"{' or '.join(dtype.name for dtype in kept)}, got {self.kv_cache_dtype.name}"
             )
-        return self._supports_grid(grid, shape) if grid else Support(native_format=self.weights.name)
+        if grid is None:
+            return Support(native_format=self.weights.name)
+        if reason := table(grid):
+            return Support(reason=reason)
+        return every(grid, lambda kind: self._supports_grid(kind, shape))
 
-    def _supports_grid(self, grid: Json, shape: ModelConfig) -> Support:
-        bits, group = grid["bits"], grid["group_size"]
+    def _supports_grid(self, grid: Grid, shape: ModelConfig) -> Support:
+        bits, group = grid.bits, grid.group_size
         if "avx2" not in cpu_flags():
             return Support(reason="OpenVINO multiplies compressed weights on x86-64 with AVX2")
         if group & (group - 1):
@@ -134,7 +141,7 @@ class Openvino(Engine):
                            f"feed_forward_size are {shape.hidden_size} and {shape.feed_forward_size}")  # fmt: skip
         if group and self.rounded(grid) > group:
             return Support(reason=f"activation_group must be at most group_size ({group}), got {self.activation_group}")
-        return Support(native_format=f"int{bits} group {group}" if group else f"int{bits} per channel")
+        return Support(native_format=grid.words)
 
     def load(self, variant: Variant, cache: Path) -> OpenvinoSession:
         support = self.supports(variant)
@@ -163,9 +170,9 @@ class OpenvinoSession(Session):
         from hasten.model.huggingface import grid_of
 
         start = time.perf_counter()
-        config, grid = from_huggingface(variant.config), variant.manifest.get("grid")
+        config, grid = from_huggingface(variant.config), grid_of(variant)
         float_bytes = 4 if engine.activations(grid) is Dtype.float32 else 2
-        graph = Graph(config, variant.tensors(), grid_of(variant), engine.weights.name, float_bytes)
+        graph = Graph(config, variant.tensors(), grid, engine.weights.name, float_bytes)
         model = graph.model()
         ready = time.perf_counter()
         compiled = runtime().Core().compile_model(model, "CPU", properties(engine, grid))

@@ -25,7 +25,7 @@ from hasten.model.config import Activation, ModelConfig, RopeScaling
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hasten.model.grid import Grid
+    from hasten.model.grid import Grid, Grids
 
 RELEASE = "2026.4"
 """The release of OpenVINO whose PagedAttention has the inputs of `attention`."""
@@ -51,7 +51,12 @@ class Graph:
     """
 
     def __init__(
-        self, config: ModelConfig, tensors: dict[str, Tensor], grid: Grid | None, weight_dtype: str, float_bytes: int
+        self,
+        config: ModelConfig,
+        tensors: dict[str, Tensor],
+        grid: Grid | Grids | None,
+        weight_dtype: str,
+        float_bytes: int,
     ) -> None:
         self.openvino: Any = runtime()
         self.ops: Any = import_module("openvino.opset15")
@@ -121,7 +126,9 @@ class Graph:
         q, scale = integers(self.tensors, name, self.grid)
         checked(name, q, (rows, columns))
         checked(name, scale, tuple(scale.shape))
-        whole = self.ops.convert(constant(q.view(rows, scale.shape[1], -1), self.grid.bits), self.openvino.Type.f32)
+        whole = self.ops.convert(
+            constant(q.view(rows, scale.shape[1], -1), self.grid.of(name).bits), self.openvino.Type.f32
+        )
         values = self.ops.multiply(whole, self.ops.constant(scale.unsqueeze(-1).contiguous().numpy()))
         return self.ops.reshape(values, self.integers(rows, columns), False)
 
@@ -130,7 +137,7 @@ class Graph:
         if f"{name}.weight_packed" in self.tensors:
             weight, groups = self.quantised(name, rows, columns), self.tensors[f"{name}.weight_scale"].numel()
             assert self.grid is not None
-            held = rows * columns * self.grid.bits // 8 + 4 * groups  # the plugin widens scales to float32
+            held = rows * columns * self.grid.of(name).bits // 8 + 4 * groups  # the plugin widens scales to float32
         else:
             weight = self.floats(f"{name}.weight", rows, columns)
             held = rows * columns * self.float_bytes

@@ -10,6 +10,7 @@ from hasten.engine.base import Dtype
 if TYPE_CHECKING:
     from hasten.artifacts import Json
     from hasten.engine.openvino import Openvino
+    from hasten.model.grid import Grid, Grids
 
 PRECISIONS = {Dtype.float32: "f32", Dtype.bfloat16: "bf16", Dtype.float16: "f16", Dtype.int8: "u8"}
 
@@ -25,7 +26,7 @@ def runtime() -> Any:
     return openvino
 
 
-def properties(engine: Openvino, grid: Json | None) -> Json:
+def properties(engine: Openvino, grid: Grid | Grids | None) -> Json:
     """How the plugin is told what the options say; nothing that changes answers is left to its defaults."""
     return {
         "INFERENCE_NUM_THREADS": engine.thread_count,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hasten.artifacts import Json, Variant
 from hasten.engine.base import Dtype, Engine, Request, Session, Support
 from hasten.engine.compiled import kept_in
+from hasten.engine.grids import table
 from hasten.engine.streaming import Flight, Stream
 from hasten.engine.torch_options import check_device, check_follows, prepare
 from hasten.errors import UserError
@@ -50,11 +51,14 @@ class Transformers(Engine):
 
     def supports(self, variant: Variant) -> Support:
         from hasten.model.config_json import from_huggingface
+        from hasten.model.huggingface import grid_of
 
         try:
             from_huggingface(variant.config)
         except UserError as error:
             return Support(reason=str(error))
+        if reason := table(grid_of(variant)):  # its reader makes no tied head of packed embeddings
+            return Support(reason=reason)
         if variant.manifest.get("grid"):
             return Support(native_format=f"{self.weights.name} (dequantised)", native=False)
         return Support(native_format=self.weights.name)

@@ -31,12 +31,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant
 from hasten.engine.base import Dtype, Engine, Parallel, Request, Session, Support
+from hasten.engine.grids import apart, every, table
 from hasten.engine.streaming import HAND_OVER_SECONDS, Flight, Stream
 from hasten.engine.torch_options import check_follows
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
     from hasten.model.cost import NetworkCost
+    from hasten.model.grid import Grid, Grids
 
 GROUPS = (0, 32, 64, 128)
 """Group sizes that Marlin has kernels for; 0 is per channel."""
@@ -111,15 +113,17 @@ class Vllm(Engine):
             )
         if grid is None:
             return Support(native_format=self.weights.name)
+        if self.weights is Dtype.float32:
+            return Support(reason="Marlin multiplies in 16 bits: weight_dtype must be bfloat16 or float16, got float32")
+        reason = apart(grid) or table(grid)
+        return Support(reason=reason) if reason else every(grid, self._supports_grid)
+
+    def _supports_grid(self, grid: Grid) -> Support:
         if grid.group_size not in GROUPS:
             groups = ", ".join(map(str, GROUPS[1:]))
             return Support(reason=f"Marlin has groups of {groups} and whole rows (0): group_size must be one of them, "
                            f"got {grid.group_size}")  # fmt: skip
-        if self.weights is Dtype.float32:
-            return Support(reason="Marlin multiplies in 16 bits: weight_dtype must be bfloat16 or float16, got float32")
-        return Support(
-            native_format=f"int{grid.bits} {f'group {grid.group_size}' if grid.group_size else 'per channel'}"
-        )
+        return Support(native_format=grid.words)
 
     def arguments(self, variant: Variant) -> Json:
         """What vLLM is asked for (`vllm.engine.arg_utils.AsyncEngineArgs`)."""
@@ -169,7 +173,11 @@ def head_named(config: Json) -> Json:
     if not found or "lm_head" in found["ignore"]:
         return {}
     groups = {
-        name: {**group, "targets": [*group["targets"], "lm_head"]} for name, group in found["config_groups"].items()
+        name: {
+            **group,
+            "targets": [*group["targets"], "lm_head"] if group["targets"] == ["Linear"] else group["targets"],
+        }
+        for name, group in found["config_groups"].items()
     }
     return {"quantization_config": {**found, "config_groups": groups}}
 
@@ -332,10 +340,11 @@ def doubtful(made: Any) -> bool:
     )
 
 
-def weight_bytes(cost: NetworkCost, grid: Any, element: int) -> int:
+def weight_bytes(cost: NetworkCost, grid: Grid | Grids | None, element: int) -> int:
     """What decoding a token reads: integers with 16-bit scales, the rest in the weights' type."""
     from hasten.model.layout import Format, Layout
 
     if grid is None:
         return cost.weight_bytes_per_token(Format.floats(element))
-    return cost.weight_bytes_per_token(Format(Layout(grid.bits, 2, grid.group_size), Layout(8 * element), element))
+    held = Format.on(grid, lambda kind: Layout(kind.bits, 2, kind.group_size), element)
+    return cost.weight_bytes_per_token(held)
