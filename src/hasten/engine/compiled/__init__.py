@@ -256,7 +256,9 @@ def compiled(network: Network, name: str) -> Callable[..., Any]:
     function = method.__func__
     own = types.FunctionType(function.__code__.replace(), function.__globals__, name)
     options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    if network.cos.device.type != "cpu":
+    if network.cos.device.type == "cpu":
+        options["cpp.enable_floating_point_contract_flag"] = "fast"  # a product and a sum are one instruction
+    else:
         options["triton.cudagraphs"] = True  # what mode="reduce-overhead" stands for
     return torch.compile(types.MethodType(own, network), fullgraph=True, options=options)
 
