@@ -106,8 +106,8 @@ def summed(matrix: Tensor, x: Tensor) -> Tensor:
 
     A row's sum waits for itself, from one addition to the next; four rows do not wait for each other, and share x.
     """
-    parts = [(part.float() * x.float()).sum(-1) for part in matrix.chunk(TOGETHER)]
-    return torch.cat(parts)[None]
+    x = x.float()
+    return torch.cat([(part.float() * x).sum(-1) for part in matrix.chunk(TOGETHER)])[None]
 
 
 def fixed(values: Tensor) -> nn.Parameter:
