@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hasten.artifacts import Variant
 from hasten.engine.base import Dtype, Request
 from hasten.engine.compiled import CACHE_VARIABLE, Compiled, CompiledSession, passes
-from hasten.engine.compiled.matrices import INT4_GROUPS, Int4, Int8, unsupported
+from hasten.engine.compiled.matrices import INT4_GROUPS, Int4, Int8, summed, unsupported
 from hasten.engine.streaming import Flight
 from hasten.errors import UserError
 from hasten.model.config import ModelConfig
@@ -83,6 +83,14 @@ def test_products_are_those_of_the_dequantised_matrix(grid: Grid, dtype: torch.d
     for rows in (5, 1):
         error = (matrix(x[:rows]).double() - exact[:rows]).abs().max() / exact.abs().max()
         assert error < (1e-6 if dtype is torch.float32 else 2**-8)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 10])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_rows_are_summed_several_at_a_time(rows: int, dtype: torch.dtype) -> None:
+    matrix = random_integers(rows, 40, Grid(8, 0), rows)[0].to(dtype)
+    x = torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(summed(matrix, x).double(), x.double() @ matrix.double().T, rtol=1e-5, atol=1e-3)
 
 
 def test_scales_that_16_bits_do_not_hold_are_refused() -> None:

@@ -253,7 +253,10 @@ def compiled(network: Network, name: str) -> Callable[..., Any]:
     function = method.__func__
     own = types.FunctionType(function.__code__.replace(), function.__globals__, name)
     options: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    if network.cos.device.type != "cpu":
+    if network.cos.device.type == "cpu":
+        options["cpp.enable_floating_point_contract_flag"] = "fast"  # a product and a sum are one instruction
+        options["realize_reads_threshold"] = 1  # what every row of a matrix is multiplied with is computed once
+    else:
         options["triton.cudagraphs"] = True  # what mode="reduce-overhead" stands for
     return torch.compile(types.MethodType(own, network), fullgraph=True, options=options)
 
