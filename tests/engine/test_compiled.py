@@ -25,7 +25,6 @@ from hasten.model.grid import Grid, dequantise, portable_scale
 from hasten.model.huggingface import load_network
 from tests.engine import llama
 from tests.engine.llama import far_from_best, ids, prompt
-from tests.tiny import lstm, write_variant
 
 EXACT: dict[str, Any] = {"threads": 1, "weight_dtype": Dtype.float32, "max_context": 96}
 PLAIN: dict[str, Any] = {**EXACT, "compile": False}
@@ -218,10 +217,8 @@ def test_a_cancelled_prompt_is_not_read_to_its_end(tmp_path: Path) -> None:
         assert sizes == [4, 4, 4]
 
 
-def test_an_lstm_and_grids_without_a_kernel_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grids_without_a_kernel_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Compiled(**PLAIN)
-    refused = engine.supports(write_variant(tmp_path / "lstm", lstm()))
-    assert str(refused.reason).startswith("compiled is for decoders, got")
     groups = "torch's int4 kernel has groups of 32, 64, 128, 256: group_size must be one of them, got"
     assert unsupported(Grid(8, 32)) == "torch's int8 kernel has one scale per row: group_size must be 0, got 32"
     assert unsupported(Grid(4, 0)) == f"{groups} 0"

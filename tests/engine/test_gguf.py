@@ -168,7 +168,7 @@ def test_an_lstm_and_an_unknown_architecture_are_refused_by_name(tmp_path):
     variant = llama.variant(tmp_path / "v", llama.shape())
     lstm = write_shape(LstmConfig(vocab_size=320), bos_id=0, eos_id=1, pad_id=2)
     variant.__dict__["config"] = lstm
-    assert "no LSTM: model_type must be one of llama, mistral, qwen2, qwen3, gemma3_text, got 'hasten_lstm'" in str(
+    assert "config.json: model_type must be one of llama, mistral, qwen2, qwen3, gemma3_text, got 'hasten_lstm'" in str(
         gguf.unsupported(variant)
     )
     variant.__dict__["config"] = {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}

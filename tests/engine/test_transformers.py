@@ -16,7 +16,6 @@ from hasten.engine.transformers import Transformers
 from hasten.errors import UserError
 from hasten.model.cost import cost_of
 from tests.engine import llama
-from tests.tiny import lstm, write_variant
 
 EXACT: dict[str, Any] = {"threads": 2, "weight_dtype": Dtype.float32, "max_context": 256}
 PROMPT = tuple(range(5, 25))
@@ -34,13 +33,11 @@ def test_it_costs_the_bytes_it_says(tmp_path: Path, weights: Dtype) -> None:
         assert session.kv_bytes_per_position == cost.kv_bytes(1, size)
 
 
-def test_integers_are_dequantised_and_labelled_so_and_an_lstm_is_refused(tmp_path: Path) -> None:
+def test_integers_are_dequantised_and_labelled_so(tmp_path: Path) -> None:
     variant = llama.variant(tmp_path / "v", llama.shape())
     quantised, _ = make_variant(Rtn(bits=8), variant, None, name="int8", target=tmp_path / "int8", seed=0)
     support = Transformers(weight_dtype=Dtype.auto).supports(quantised)
     assert (support.native, support.native_format) == (False, "bfloat16 (dequantised)")
-    refused = Transformers().supports(write_variant(tmp_path / "lstm", lstm()))
-    assert "transformers has no" in str(refused.reason)
 
 
 def test_a_verified_request_fails_where_its_logits_do(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def make_variant(
     made = method.compress(parent, calibration, seed)
     seconds = time.perf_counter() - start
     for tensor, value in made.tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        if value.is_floating_point() and not torch.isfinite(value.float()).all():
             raise UserError(f"{method.name} made NaN or infinite values in {tensor} of variant {name}")
     lineage = parent.lineage if isinstance(parent, Variant) else []
     values = {field.name: getattr(method, field.name) for field in fields(method)}

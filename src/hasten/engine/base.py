@@ -122,6 +122,14 @@ class Token:
     seconds: float
 
 
+FLOAT8 = "there is no kernel here for float8 weights, which GPUs multiply (engine vllm)"
+
+
+def is_float8(variant: Variant) -> bool:
+    """Whether its matrices are 8-bit floats."""
+    return bool((variant.manifest.get("grid") or {}).get("type") == "float")
+
+
 class Session(ABC):
     """A variant loaded into an engine. Close it when done."""
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hasten.artifacts import SCHEMA, Checkpoint, Json
-from hasten.engine.base import Dtype
-from hasten.engine.gguf_layout import ARCHITECTURES, Entry, architecture, describe, entries, refusal, usable_context
+from hasten.engine.base import FLOAT8, Dtype
+from hasten.engine.gguf_layout import Entry, architecture, describe, entries, refusal, usable_context
 from hasten.engine.gguf_vocabulary import Vocabulary, id_vocabulary, read_vocabulary
 from hasten.errors import UserError
 
@@ -45,16 +45,12 @@ def unsupported(checkpoint: Checkpoint, max_context: int | None = None) -> str |
 
     max_context: tokens that will ever be attended to; None means as many as the model was made for.
     """
-    from hasten.model.config import ModelConfig
-    from hasten.model.shape import read_shape
+    from hasten.model.config_json import from_huggingface
 
     try:
-        shape = read_shape(checkpoint.config)
+        shape = from_huggingface(checkpoint.config)
     except UserError as error:
         return str(error)
-    if not isinstance(shape, ModelConfig):
-        kind = checkpoint.config.get("model_type")
-        return f"llama.cpp has no LSTM: model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r}"
     return refusal(shape, max_context) or _unsupported_grid(checkpoint)
 
 
@@ -62,6 +58,8 @@ def _unsupported_grid(checkpoint: Checkpoint) -> str | None:
     grid = checkpoint.manifest.get("grid")
     if not grid:
         return None
+    if grid.get("type") == "float":
+        return FLOAT8
     bits, group_size = grid.get("bits"), grid.get("group_size")
     if bits not in INTEGERS or not grid.get("symmetric", True):
         return f"llama.cpp has no format for {bits}-bit integers on this grid; it has symmetric 4-bit and 8-bit ones"

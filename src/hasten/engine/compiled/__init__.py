@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant
-from hasten.engine.base import Dtype, Engine, Request, Session, Support
+from hasten.engine.base import FLOAT8, Dtype, Engine, Request, Session, Support, is_float8
 from hasten.engine.streaming import Flight, Stream
 from hasten.engine.torch_options import check_device, check_follows, prepare
 from hasten.errors import UserError
@@ -78,18 +78,18 @@ class Compiled(Engine):
 
     def supports(self, variant: Variant) -> Support:
         from hasten.engine.compiled.matrices import unsupported
-        from hasten.model.config import ModelConfig
+        from hasten.model.config_json import from_huggingface
         from hasten.model.huggingface import grid_of
-        from hasten.model.shape import read_shape
 
         if self.compile and shutil.which(os.environ.get("CXX") or "g++") is None:
             return Support(reason="engine compiled needs a C++ compiler (g++, or the one that CXX names)")
         try:
-            shape, grid = read_shape(variant.config), grid_of(variant)
+            from_huggingface(variant.config)
+            grid = grid_of(variant)
         except UserError as error:
             return Support(reason=str(error))
-        if not isinstance(shape, ModelConfig):
-            return Support(reason=f"compiled is for decoders, got {variant.config.get('model_type')!r}")
+        if is_float8(variant):
+            return Support(reason=FLOAT8)
         if grid is None:
             return Support(native_format=self.weights.name)
         if self.devices != ["cpu"]:

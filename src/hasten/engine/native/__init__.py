@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant, digest, write_json
-from hasten.engine.base import Dtype, Engine, Request, Session, Support, Token, built
+from hasten.engine.base import FLOAT8, Dtype, Engine, Request, Session, Support, Token, built, is_float8
 from hasten.engine.native import build as kernels
 from hasten.engine.streaming import HAND_OVER_SECONDS
 from hasten.errors import UserError
@@ -113,17 +113,16 @@ class Native(Engine):
         return Support(reason=reason) if reason else support
 
     def _supports(self, variant: Variant) -> Support:
-        from hasten.model.config import ModelConfig
-        from hasten.model.shape import read_shape
+        from hasten.model.config_json import from_huggingface
 
         if kernels.compiler() is None:
             return Support(reason="engine native needs a C++ compiler (g++ or clang++, or the one that CXX names)")
         try:
-            shape = read_shape(variant.config)
+            from_huggingface(variant.config)
         except UserError as error:
             return Support(reason=str(error))
-        if not isinstance(shape, ModelConfig):
-            return Support(reason=f"the native kernels are a decoder's, got {variant.config.get('model_type')!r}")
+        if is_float8(variant):
+            return Support(reason=FLOAT8)
         grid = variant.manifest.get("grid")
         if not grid:
             return Support(native_format=self.weights.name)

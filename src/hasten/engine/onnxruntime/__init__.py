@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from hasten.artifacts import SCHEMA, Json, Variant, read_json, write_json
-from hasten.engine.base import Dtype, Engine, Request, Session, Support, built
+from hasten.engine.base import FLOAT8, Dtype, Engine, Request, Session, Support, built, is_float8
 from hasten.engine.onnxruntime.model import Model
 from hasten.engine.onnxruntime.runtime import rounds_activations
 from hasten.engine.sampling import probabilities
@@ -66,18 +66,17 @@ class Onnxruntime(Engine):
             raise UserError(f"engine.slots must be 1 to 256, got {self.slots}")
 
     def supports(self, variant: Variant) -> Support:
-        from hasten.model.config import ModelConfig
-        from hasten.model.shape import read_shape
+        from hasten.model.config_json import from_huggingface
 
         missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
         if missing:
             return Support(reason=f'{missing[0]} is not installed: pip install "hasten[onnxruntime]"')
         try:
-            shape = read_shape(variant.config)
+            shape = from_huggingface(variant.config)
         except UserError as error:
             return Support(reason=str(error))
-        if not isinstance(shape, ModelConfig):
-            return Support(reason=f"the graph is a decoder's, got {variant.config.get('model_type')!r}")
+        if is_float8(variant):
+            return Support(reason=FLOAT8)
         if shape.head_width % 16:
             return Support(reason=f"GroupQueryAttention turns heads of a multiple of 16 values, got {shape.head_width}")
         grid = variant.manifest.get("grid")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant
-from hasten.engine.base import Dtype, Engine, Request, Session, Support
+from hasten.engine.base import FLOAT8, Dtype, Engine, Request, Session, Support, is_float8
 from hasten.engine.openvino.graph import BLOCK, RELEASE, Graph
 from hasten.engine.openvino.runtime import cache_for, kernels, properties, runtime
 from hasten.engine.streaming import Flight, Stream
@@ -97,19 +97,18 @@ class Openvino(Engine):
         return self.activation_group if rounds else 0
 
     def supports(self, variant: Variant) -> Support:
-        from hasten.model.config import ModelConfig
-        from hasten.model.shape import read_shape
+        from hasten.model.config_json import from_huggingface
 
         if importlib.util.find_spec("openvino") is None:
             return Support(reason='openvino is not installed: pip install "hasten[openvino]"')
         if not metadata.version("openvino").startswith(f"{RELEASE}."):
             return Support(reason=f"its graph is made for OpenVINO {RELEASE}, got {metadata.version('openvino')}")
         try:
-            shape = read_shape(variant.config)
+            shape = from_huggingface(variant.config)
         except UserError as error:
             return Support(reason=str(error))
-        if not isinstance(shape, ModelConfig):
-            return Support(reason=f"its graph is a decoder's, got {variant.config.get('model_type')!r}")
+        if is_float8(variant):
+            return Support(reason=FLOAT8)
         grid = variant.manifest.get("grid")
         if self.activation_dtype is Dtype.bfloat16 and not has_bfloat16():
             return Support(reason="this processor has no bfloat16: activation_dtype must be auto or float32")

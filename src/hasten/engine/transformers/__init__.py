@@ -47,15 +47,12 @@ class Transformers(Engine):
         return Dtype.bfloat16 if self.weight_dtype is Dtype.auto else self.weight_dtype
 
     def supports(self, variant: Variant) -> Support:
-        from hasten.model.config import ModelConfig
-        from hasten.model.shape import read_shape
+        from hasten.model.config_json import from_huggingface
 
         try:
-            shape = read_shape(variant.config)
+            from_huggingface(variant.config)
         except UserError as error:
             return Support(reason=str(error))
-        if not isinstance(shape, ModelConfig):
-            return Support(reason=f"transformers has no {variant.config.get('model_type')!r}")
         if variant.manifest.get("grid"):
             return Support(native_format=f"{self.weights.name} (dequantised)", native=False)
         return Support(native_format=self.weights.name)

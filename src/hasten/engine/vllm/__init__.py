@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant
-from hasten.engine.base import Dtype, Engine, Parallel, Request, Session, Support
+from hasten.engine.base import Dtype, Engine, Parallel, Request, Session, Support, is_float8
 from hasten.engine.streaming import HAND_OVER_SECONDS, Flight, Stream
 from hasten.engine.torch_options import check_follows
 from hasten.errors import UserError
@@ -95,16 +95,13 @@ class Vllm(Engine):
         return self.reads(variant)
 
     def reads(self, variant: Variant) -> Support:
-        from hasten.model.config import ModelConfig
+        from hasten.model.config_json import from_huggingface
         from hasten.model.huggingface import grid_of
-        from hasten.model.shape import read_shape
 
         try:
-            shape, grid = read_shape(variant.config), grid_of(variant)
+            shape, grid = from_huggingface(variant.config), grid_of(variant)
         except UserError as error:
             return Support(reason=str(error))
-        if not isinstance(shape, ModelConfig):
-            return Support(reason=f"vLLM has no {variant.config.get('model_type')!r}")
         count = len(self.devices)
         if self.parallel is Parallel.tensor and shape.heads % count:
             return Support(reason=f"parallel=tensor must divide {shape.heads} heads evenly, got {count} devices")
@@ -112,6 +109,8 @@ class Vllm(Engine):
             return Support(
                 reason=f"parallel=pipeline must have a layer for each device, got {shape.layers} for {count}"
             )
+        if is_float8(variant):
+            return self._supports_float8()
         if grid is None:
             return Support(native_format=self.weights.name)
         if grid.group_size not in GROUPS:
@@ -123,6 +122,13 @@ class Vllm(Engine):
         return Support(
             native_format=f"int{grid.bits} {f'group {grid.group_size}' if grid.group_size else 'per channel'}"
         )
+
+    def _supports_float8(self) -> Support:
+        if self.weights is Dtype.float32:
+            return Support(
+                reason="vLLM multiplies float8 beside 16 bits: weight_dtype must be bfloat16 or float16, got float32"
+            )
+        return Support(native_format="float8 per channel")
 
     def arguments(self, variant: Variant) -> Json:
         """What vLLM is asked for (`vllm.engine.arg_utils.AsyncEngineArgs`)."""
@@ -336,9 +342,13 @@ def doubtful(made: Any) -> bool:
 
 
 def weight_bytes(cost: NetworkCost, grid: Any, element: int) -> int:
-    """What decoding a token reads: integers with 16-bit scales, the rest in the weights' type."""
+    """What decoding a token reads: integers with 16-bit scales, or floats with 32-bit ones, the rest in the weights'
+    type.
+    """
     from hasten.model.layout import Format, Layout
 
     if grid is None:
         return cost.weight_bytes_per_token(Format.floats(element))
-    return cost.weight_bytes_per_token(Format(Layout(grid.bits, 2, grid.group_size), Layout(8 * element), element))
+    return cost.weight_bytes_per_token(
+        Format(Layout(grid.bits, 4 if grid.type == "float" else 2, grid.group_size), Layout(8 * element), element)
+    )
