@@ -148,7 +148,8 @@ def allotted(energies: dict[str, Tensor], sizes: Sizes, keep: float, step: int) 
     per weight. The last step of a matrix, beyond which two would be no fewer weights than one, leaves it whole.
     """
     budget = keep * sum(weights(size) for size in sizes.values())
-    spent, offers, ranks = 0, [], {}
+    spent, ranks = 0, dict[str, int]()
+    offers: list[tuple[float, int, int, str, int, int]] = []
     for place, (name, size) in enumerate(sizes.items()):
         shares, worth = energies[name] / energies[name].sum().clamp(min=1e-300), float("inf")
         most = (weights(size) - 1) // sum(size) // step * step

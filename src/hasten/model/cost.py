@@ -211,7 +211,7 @@ class LowRankCost(Cost):
 
     @property
     def matrices(self) -> list[Matrix]:
-        found = []
+        found: list[Matrix] = []
         for name, (rows, columns) in matrix_sizes(self.config).items():
             rank = self.config.ranks.get(name)
             found += [Matrix(rank, columns), Matrix(rows, rank)] if rank else [Matrix(rows, columns)]

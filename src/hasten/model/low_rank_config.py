@@ -57,6 +57,11 @@ class LowRankConfig(ModelConfig):
                 raise UserError(f"model.ranks must be 1 to {most} for {name}, got {rank!r}")
 
 
+def ranks(config: ModelConfig) -> dict[str, int]:
+    """Of a decoder's factored matrices, by name: none, if all are whole."""
+    return config.ranks if isinstance(config, LowRankConfig) else {}
+
+
 def factored_json(config: Json, ranks: dict[str, int]) -> Json:
     """A family's `config.json` with those of its matrices in two."""
     own = {"architectures": ["LowRank"], "model_type": MODEL_TYPE, "base_model_type": config["model_type"]}
@@ -66,6 +71,11 @@ def factored_json(config: Json, ranks: dict[str, int]) -> Json:
 def to_json(shape: LowRankConfig, *, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Json:
     """`config.json` of a checkpoint with this shape."""
     return factored_json(to_huggingface(shape, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id), shape.ranks)
+
+
+def decoder_shape(config: Json) -> ModelConfig:
+    """A decoder's shape, its matrices whole or not. Raises `UserError` for another network."""
+    return from_json(config) if config.get("model_type") == MODEL_TYPE else from_huggingface(config)
 
 
 def from_json(config: Json) -> LowRankConfig:
