@@ -217,8 +217,9 @@ def test_engines_that_write_their_graphs_write_two_products(tmp_path: Path, engi
             session.close()
         assert far_from_best(model, asked, found) < 1e-2
         if not bits:
-            assert session.weight_bytes_per_token >= 4 * cost_of(shape_of(variant)).parameters_per_token
-            assert session.weight_bytes_per_token < 4 * cost_of(config).parameters_per_token
+            read = 4 * cost_of(shape_of(variant)).parameters_per_token
+            assert session.weight_bytes_per_token == pytest.approx(read, rel=0.02)  # one leaves norms out
+            assert read < 0.8 * 4 * cost_of(config).parameters_per_token
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -238,12 +239,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         LowRank().compress(made(Rtn(), parent, "int4"), TEXT, 0)
 
 
-@pytest.mark.parametrize("name", sorted(discover("engine")))
+@pytest.mark.parametrize("name", sorted(discover("engine").keys() - {"eager", "onnxruntime", "openvino"}))
 def test_engines_whose_layers_are_whole_refuse_it(thin: Variant, name: str) -> None:
     engine = discover("engine")[name]()
     assert isinstance(engine, Engine)
-    support = engine.reads(thin)
-    if name in ("eager", "onnxruntime", "openvino"):
-        assert support.native_format == "float32" or "is not installed" in str(support.reason)
-    else:
-        assert "got 'hasten_low_rank'" in str(support.reason)
+    assert "got 'hasten_low_rank'" in str(engine.reads(thin).reason)
