@@ -197,7 +197,7 @@ def test_what_wants_whole_matrices_refuses_its_child(thin: Variant, method: Comp
 @pytest.mark.parametrize("bits", [0, 8])
 @pytest.mark.parametrize("engine", [Onnxruntime, Openvino])
 def test_engines_that_write_their_graphs_write_two_products(tmp_path: Path, engine: type[Engine], bits: int) -> None:
-    """Heads of 16; queries whole beside keys in two; a Gemma's queries, keys and values apart."""
+    """With biases, and with norms between queries and keys and their attention."""
     for number, changes in enumerate(({"qkv_bias": True}, GEMMA)):
         config = shape(hidden_size=64, feed_forward_size=128, **changes)
         parent = write_variant(tmp_path / str(number) / "baseline", decoder(config, spread=0.15))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 LARGEST = 448.0
 """Of E4M3."""
+SMALLEST_SCALE = 2.0**-100
+"""Of a row of zeros; far above where bfloat16 ends."""
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Fp8(Compressor):
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Round every linear layer. Raises `UserError` on a quantised parent."""
-        from hasten.model.grid import Grid, portable_scale
+        from hasten.model.grid import Grid
 
         self.refuse_quantised(parent)
         config, tensors = dict(parent.config), parent.tensors()
@@ -50,10 +52,16 @@ class Fp8(Compressor):
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         for name, weight in list(tensors.items()):
             if is_linear(name) and (self.head or name != "lm_head.weight"):
-                scale = portable_scale(weight.float().abs().amax(dim=1, keepdim=True) / LARGEST)  # (out, 1)
+                scale = nearest_scale(weight)
                 tensors[name], tensors[f"{name}_scale"] = rounded(weight, scale), scale
         config["quantization_config"] = quantization_config([] if self.head else ["lm_head"], self.activations)
         return Compressed(config, tensors, Grid(8, 0, type="float"))
+
+
+def nearest_scale(weight: Tensor) -> Tensor:
+    """Scales that bfloat16 holds, for which each row's largest magnitude is 448: (out, in) -> (out, 1) float32."""
+    largest = weight.float().abs().amax(dim=1, keepdim=True)
+    return (largest / LARGEST).bfloat16().float().clamp(min=SMALLEST_SCALE)
 
 
 def rounded(weight: Tensor, scale: Tensor) -> Tensor:
