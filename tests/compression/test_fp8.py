@@ -149,7 +149,7 @@ def test_what_cannot_be_is_refused(variant: Variant, parent: Variant) -> None:
     for method in (Fp8(), Rtn()):
         with pytest.raises(UserError, match=f"{method.name} needs a float parent"):
             method.compress(variant, None, 0)
-    with pytest.raises(UserError, match="type must be one of int, float, got 'posit'"):
+    with pytest.raises(UserError, match=r"type must be one of \['int', 'float'\], got 'posit'"):
         Grid(8, 0, type="posit")
     for bits, group in ((4, 0), (8, 32)):
         with pytest.raises(UserError, match=f"type float has 8 bits and whole rows .* got {bits} and {group}"):
