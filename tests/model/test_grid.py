@@ -213,6 +213,8 @@ def test_large_matrices_are_computed_some_rows_at_a_time_with_the_same_result(mo
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(whole, computed(), strict=True))
     assert torch.equal(by_rows(counted, weight), weight)
     assert largest == 4
+
+
 INT4, INT8 = Grid(4, 8), Grid(8, 0)
 SEVERAL = Grids({"a": INT8, "b": INT4, "c": INT8})
 

@@ -67,7 +67,9 @@ def results(verdict: Json) -> str:
     rows = [["variant", "made by", "engine", "MB read per token", "decoding", "confirmed", *tasks, "seconds to make"]]
     for engine in sorted({trial["engine"] for trial in trials}):
         own = sorted((one for one in trials if one["engine"] == engine), key=slowness, reverse=True)
-        unchanged = min((one for one in own if len(one["methods"]) == 1 and not one.get("converted")), key=slowness, default=None)
+        unchanged = min(
+            (one for one in own if len(one["methods"]) == 1 and not one.get("converted")), key=slowness, default=None
+        )
         for trial in own:
             megabytes = f"{trial['weight_bytes_per_token'] / 1e6:.2f}"
             speedup = (confirmed.get(trial["trial"]) or {}).get("speedup")
