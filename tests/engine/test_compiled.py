@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from hasten.artifacts import Variant
 from hasten.engine.base import Dtype, Request
-from hasten.engine.compiled import CACHE_VARIABLE, Compiled, CompiledSession, passes
+from hasten.engine.compiled import Compiled, CompiledSession, passes
 from hasten.engine.compiled.matrices import INT4_GROUPS, Int4, Int8, summed, unsupported
 from hasten.engine.streaming import Flight
+from hasten.engine.torch_options import CACHE_VARIABLE
 from hasten.errors import UserError
 from hasten.model.config import ModelConfig
 from hasten.model.cost import cost_of

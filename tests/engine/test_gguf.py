@@ -122,7 +122,7 @@ def test_the_same_variant_gives_the_same_bytes(tmp_path):
         ({"bits": 8, "group_size": 0, "symmetric": True}, "multiple of 32, got 0"),
         ({"bits": 4, "group_size": 48, "symmetric": True}, "multiple of 32, got 48"),
         ({"bits": 4, "group_size": 32, "symmetric": False}, "symmetric"),
-        ({"bits": 3, "group_size": 32, "symmetric": True}, "3-bit"),
+        ({"bits": 3, "group_size": 32, "symmetric": True}, "bits must be one of [4, 8], got 3"),
     ],
 )
 def test_grids_that_llamacpp_has_no_blocks_for_are_refused_with_the_reason(tmp_path, grid, words):

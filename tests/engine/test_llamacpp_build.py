@@ -22,7 +22,9 @@ def test_a_build_of_ones_own_is_told_from_the_wheel_and_says_what_it_computes_wi
         ("cp310-abi3-linux_aarch64", ", built here: AVX512_VNNI, AVX512, AVX2, AVX"),
     ):
         files = {"METADATA": "Name: xllamacpp\nVersion: 2026.1\n", "WHEEL": f"Wheel-Version: 1.0\nTag: {tag}\n"}
-        monkeypatch.setattr(metadata.PathDistribution, "read_text", lambda self, name, files=files: files[name])
+        monkeypatch.setattr(
+            type(metadata.distribution("xllamacpp")), "read_text", lambda self, name, files=files: files[name]
+        )
         assert Llamacpp.versions() == {"xllamacpp": f"2026.1{more}"}
 
 

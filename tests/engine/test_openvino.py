@@ -254,7 +254,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason(tmp_path: Path, monkeypat
     lopsided = llama.variant(tmp_path / "lopsided", llama.shape(feed_forward_size=77))
     assert "4-bit rows of an even length" in str(Openvino().supports(on_grid(lopsided, 4, 0)).reason)
     half = Openvino(weight_dtype=Dtype.float32, kv_cache_dtype=Dtype.bfloat16)
-    assert "must be auto or float16 or float32, got bfloat16" in str(half.supports(plain).reason)
+    assert "must be auto or float16 or float32 or int8, got bfloat16" in str(half.supports(plain).reason)
     with pytest.raises(UserError, match="openvino cannot run v: beside float32 activations"):
         half.load(plain, tmp_path)
     widened = Openvino(weight_dtype=Dtype.bfloat16, activation_dtype=Dtype.float32)

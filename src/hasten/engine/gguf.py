@@ -50,14 +50,10 @@ def unsupported(checkpoint: Checkpoint, max_context: int | None = None) -> str |
 
     try:
         shape = from_huggingface(checkpoint.config)
+        grid = declared_grid(checkpoint)
     except UserError as error:
         return str(error)
-    return refusal(shape, max_context) or _unsupported_grid(checkpoint)
-
-
-def _unsupported_grid(checkpoint: Checkpoint) -> str | None:
-    grid = declared_grid(checkpoint)
-    return every(grid, _supports_grid).reason if grid else None
+    return refusal(shape, max_context) or (every(grid, _supports_grid).reason if grid else None)
 
 
 def declared_grid(checkpoint: Checkpoint) -> Grid | Grids | None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from hasten.engine.base import Dtype, Engine
 from hasten.errors import UserError
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def check_device(engine: Engine) -> None:
@@ -31,3 +37,18 @@ def prepare(engine: Engine) -> None:
     if engine.devices[0] != "cpu" and not torch.cuda.is_available():
         raise UserError(f"engine.devices asks for {engine.devices[0]}, this machine has no CUDA device")
     torch.set_num_threads(engine.thread_count)
+
+
+@contextmanager
+def kept_in(folder: Path) -> Iterator[None]:
+    """What torch compiles meanwhile is kept there, and found there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get(CACHE_VARIABLE)
+    os.environ[CACHE_VARIABLE] = str(folder.resolve())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CACHE_VARIABLE]
+        else:
+            os.environ[CACHE_VARIABLE] = before

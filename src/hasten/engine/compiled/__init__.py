@@ -21,7 +21,6 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,7 +29,7 @@ from hasten.artifacts import Json, Variant
 from hasten.engine.base import Dtype, Engine, Request, Session, Support
 from hasten.engine.grids import apart, every, table
 from hasten.engine.streaming import Flight, Stream
-from hasten.engine.torch_options import check_device, check_follows, prepare
+from hasten.engine.torch_options import check_device, check_follows, kept_in, prepare
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
     from hasten.engine.compiled.network import Network
 
-CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 LARGEST_CHUNK = 4096
 
 
@@ -259,18 +257,3 @@ def compiled(network: Network, name: str) -> Callable[..., Any]:
     else:
         options["triton.cudagraphs"] = True  # what mode="reduce-overhead" stands for
     return torch.compile(types.MethodType(own, network), fullgraph=True, options=options)
-
-
-@contextmanager
-def kept_in(folder: Path) -> Iterator[None]:
-    """What is compiled meanwhile is kept there, and found there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    before = os.environ.get(CACHE_VARIABLE)
-    os.environ[CACHE_VARIABLE] = str(folder.resolve())
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[CACHE_VARIABLE]
-        else:
-            os.environ[CACHE_VARIABLE] = before

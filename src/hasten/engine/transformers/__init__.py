@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant
 from hasten.engine.base import Dtype, Engine, Request, Session, Support
-from hasten.engine.compiled import kept_in
 from hasten.engine.grids import table
 from hasten.engine.streaming import Flight, Stream
-from hasten.engine.torch_options import check_device, check_follows, prepare
+from hasten.engine.torch_options import check_device, check_follows, kept_in, prepare
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
