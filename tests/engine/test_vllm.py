@@ -293,7 +293,7 @@ def test_what_vllm_does_not_read_is_refused(variant: Variant, tmp_path: Path, st
     odd = quantised(tmp_path / "odd", variant, bits=4, group_size=16)
     assert reason(odd) == "Marlin has groups of 32, 64, 128 and whole rows (0): group_size must be one of them, got 16"
     fits = quantised(tmp_path / "fits", variant, bits=4, group_size=32)
-    words = "Marlin multiplies in 16 bits: weight_dtype must be bfloat16 or float16, got float32"
+    words = "vLLM's kernels multiply in 16 bits: weight_dtype must be bfloat16 or float16, got float32"
     assert reason(fits, weight_dtype=Dtype.float32) == words
     three = ["cuda:0", "cuda:1", "cuda:2"]
     words = "parallel=tensor must divide 4 heads evenly, got 3 devices"

@@ -82,7 +82,7 @@ def test_parameters_are_those_of_the_decoder(changes: dict[str, Any]) -> None:
     assert cost.norm_parameters == sum(n for name, n in count.items() if "norm" in name)
     assert cost.bias_parameters == sum(n for name, n in count.items() if name.endswith("bias"))
     block = {name: n for name, n in count.items() if name.startswith("model.layers.0.") and state[name].dim() == 2}
-    assert cost.block_matrix_parameters == sum(block.values())
+    assert cost.block_parameters == config.layers * sum(block.values())
     embedding = count["model.embed_tokens.weight"]
     others = sum(n for name, n in count.items() if "embed_tokens" not in name)
     assert cost.parameters_per_token == others + (embedding if config.tied_head else config.hidden_size)

@@ -76,6 +76,8 @@ class Compressor(ABC):
     `training` (takes steps on it)."""
     grids: ClassVar[str] = "keeps its parent's"
     """Which grids the method lands on, in words, for the docs."""
+    takes_factors: ClassVar[bool] = False
+    """Whether the network may have factored matrices (`low_rank`)."""
 
     @property
     def name(self) -> str:
@@ -87,17 +89,26 @@ class Compressor(ABC):
         """Make the variant. Raises `UserError` if the method makes no sense on this parent."""
 
     def network(self, parent: Checkpoint) -> Decoder:
-        """The parent as a decoder in float32. Raises `UserError` if it is another network, or quantised."""
+        """The parent as a decoder in float32.
+
+        Raises `UserError` if it is another network, or quantised, or has factors that the method does not take.
+        """
         from hasten.model.config import ModelConfig
         from hasten.model.config_json import FAMILIES
         from hasten.model.decoder import Decoder
         from hasten.model.huggingface import load_network
+        from hasten.model.low_rank_config import LowRankConfig
         from hasten.model.shape import read_shape
 
-        if not isinstance(read_shape(parent.config), ModelConfig):
+        shape = read_shape(parent.config)
+        if not isinstance(shape, ModelConfig):
             kind, families = parent.config["model_type"], ", ".join(FAMILIES)
             raise UserError(f"{self.name} is for decoders ({families}), got model_type {kind!r}")
         self.refuse_quantised(parent)
+        if isinstance(shape, LowRankConfig) and not self.takes_factors:
+            raise UserError(
+                f"{self.name} needs whole matrices, got {parent.path} with factored ones; low_rank after it"
+            )
         model = load_network(parent, own=True)
         assert isinstance(model, Decoder)
         return model.eval()

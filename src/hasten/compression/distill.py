@@ -13,6 +13,7 @@ Try it: python pipelines/compress.py plan=default name=healed parent=variants/sh
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hasten.artifacts import Checkpoint
 from hasten.compression.base import Calibration, Compressed, like_parent
@@ -25,6 +26,8 @@ class Distill(Recovery):
     """The float baseline teaches unless another ancestor is named."""
 
     teacher: str = "baseline"
+
+    takes_factors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

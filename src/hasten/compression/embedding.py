@@ -48,6 +48,8 @@ class Embedding(Compressor):
         tensors, before = parent.tensors(), grid_of(parent)
         if before is None:
             raise UserError(f"embedding needs a quantised parent, got {parent.path} which is float; quantise it first")
+        if any(kind.type == "float" for kind in before.kinds):
+            raise UserError(f"embedding needs a parent of integers, got {parent.path} which is 8-bit floats")
         if EMBEDDING not in tensors:
             raise UserError(f"embedding needs a float embedding, got {parent.path} whose embedding is quantised")
         grid, weight = Grid(self.bits, self.group_size), tensors[EMBEDDING].float()

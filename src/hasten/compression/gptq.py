@@ -39,6 +39,7 @@ class Gptq(Quantiser):
     scale: Scale = Scale.nearest
 
     needs: ClassVar[str] = "calibration"
+    takes_factors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -64,6 +64,7 @@ class Mixed(Compressor):
     damping: float = 0.01
 
     needs: ClassVar[str] = "calibration"
+    takes_factors: ClassVar[bool] = True
     grids: ClassVar[str] = "4 bits, 8 bits or floats by matrix, any group size that divides the widths, symmetric"
 
     def __post_init__(self) -> None:

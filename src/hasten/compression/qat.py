@@ -13,6 +13,7 @@ Try it: python pipelines/compress.py plan=default name=int4-qat parent=variants/
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from hasten.artifacts import Checkpoint
 from hasten.compression.base import Calibration, Compressed, like_parent
@@ -27,12 +28,16 @@ class Qat(Recovery, Quantiser):
     teacher: str = PARENT
     learning_rate: float = 5e-4
 
+    takes_factors: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         Quantiser.__post_init__(self)
         Recovery.__post_init__(self)
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Train on the grid. Raises `UserError` on a quantised parent or a width that does not fit."""
+        from torch import nn
+
         from hasten.compression.shared.straight_through import on_grid
         from hasten.model.grid import quantise
 
@@ -40,9 +45,8 @@ class Qat(Recovery, Quantiser):
         config, _ = self.untied(parent)
         if self.head:
             student.untie()
-        with on_grid(
-            [module for name, module in student.named_modules() if self.quantises(f"{name}.weight")], self.grid
-        ):
+        linears = [(name, module) for name, module in student.named_modules() if isinstance(module, nn.Linear)]
+        with on_grid([module for name, module in linears if self.quantises(f"{name}.weight")], self.grid):
             learning = self.train(student, parent, text, seed)
         tensors, integers = like_parent(student, parent), {}
         for name, weight in student.state_dict().items():

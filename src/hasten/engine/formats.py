@@ -9,13 +9,14 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from hasten.artifacts import Json, Variant, write_json
 from hasten.config import discover
 from hasten.engine.base import Dtype, Engine, Support
 from hasten.errors import UserError
 
-GRIDS = {
+GRIDS: dict[str, tuple[Any, ...] | None] = {
     "float": None,
     "8 bits, per channel": (8, 0),
     "8 bits, groups of 32": (8, 32),
@@ -23,8 +24,9 @@ GRIDS = {
     "4 bits, per channel": (4, 0),
     "4 bits, groups of 32": (4, 32),
     "4 bits, groups of 128": (4, 128),
+    "8-bit floats, per channel": (8, 0, True, "float"),
 }
-"""Bits and group size."""
+"""What `Grid` is made of: bits, group size, symmetric, type."""
 CACHES = (Dtype.float32, Dtype.float16, Dtype.bfloat16, Dtype.int8)
 
 

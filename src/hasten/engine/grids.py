@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Matrices of one input, by the ends of their names."""
+FLOAT8 = "there is no kernel here for float8 weights, which GPUs multiply (engine vllm)"
 
 
-def every(grid: Grid | Grids, ask: Callable[[Grid], Support]) -> Support:
-    """All native formats, or the first refusal, which names its grid if there are several."""
-    answers = {kind: ask(kind) for kind in grid.kinds}
+def every(grid: Grid | Grids, ask: Callable[[Grid], Support], *, float8: bool = False) -> Support:
+    """All native formats, or the first refusal, which names its grid if there are several.
+
+    float8: whether `ask` knows 8-bit floats; others need not think of them.
+    """
+    answers = {kind: ask(kind) if float8 or kind.type == "int" else Support(reason=FLOAT8) for kind in grid.kinds}
     for kind, answer in answers.items():
         if not answer:
             return answer if len(answers) == 1 else Support(reason=f"{kind.words}: {answer.reason}")

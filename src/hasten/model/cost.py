@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.model.config import ModelConfig
 from hasten.model.layout import Format, Matrix
+from hasten.model.low_rank_config import LowRankConfig, matrix_sizes
 from hasten.model.lstm_config import LstmConfig
 
 if TYPE_CHECKING:
@@ -170,9 +171,9 @@ class Cost(NetworkCost):
         return self.norm_parameters + self.bias_parameters
 
     @property
-    def block_matrix_parameters(self) -> int:
-        """Matrix weights of one block."""
-        return sum(matrix.weights for matrix in self.matrices) // self.config.layers
+    def block_parameters(self) -> int:
+        """Matrix weights of all blocks."""
+        return sum(matrix.weights for matrix in self.matrices)
 
     @property
     def norm_parameters(self) -> int:
@@ -208,17 +209,32 @@ class Cost(NetworkCost):
         c = self.config
         head = 2 * (tokens if logits is None else logits) * self.head.weights
         attention = 4 * c.layers * c.heads * c.head_width * tokens * tokens
-        return 2 * tokens * c.layers * self.block_matrix_parameters + head + attention
+        return 2 * tokens * self.block_parameters + head + attention
 
     def decode_flops(self, positions: int) -> int:
         """Forward FLOPs of one token that is the last of `positions`; sliding layers see their window alone."""
         c = self.config
-        matrices = 2 * (c.layers * self.block_matrix_parameters + self.head.weights)
+        matrices = 2 * (self.block_parameters + self.head.weights)
         return matrices + 4 * c.heads * c.head_width * self.attended(positions)
 
     def training_flops(self, tokens: int, sequence_length: int) -> int:
         """Forward and backward (twice the forward) over `tokens` in sequences of that length."""
         return 3 * self.prefill_flops(sequence_length) * tokens // sequence_length
+
+
+@dataclass(frozen=True)
+class LowRankCost(Cost):
+    """With factored matrices, each of them two: the same arithmetic on thinner ones."""
+
+    config: LowRankConfig
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        found: list[Matrix] = []
+        for name, (rows, columns) in matrix_sizes(self.config).items():
+            rank = self.config.ranks.get(name)
+            found += [Matrix(rank, columns), Matrix(rows, rank)] if rank else [Matrix(rows, columns)]
+        return found
 
 
 def cost_of(shape: Shape) -> NetworkCost:
@@ -227,6 +243,8 @@ def cost_of(shape: Shape) -> NetworkCost:
         from hasten.model.lstm_cost import LstmCost
 
         return LstmCost(shape)
+    if isinstance(shape, LowRankConfig):
+        return LowRankCost(shape)
     return Cost(shape)
 
 

@@ -8,8 +8,9 @@ group of 32 is llama.cpp's Q4_0 block, an 8-bit group of 32 its Q8_0 block.
 On disk this is the open compressed-tensors layout, format `pack-quantized`
 (https://github.com/neuralmagic/compressed-tensors): per matrix `<name>.weight_packed` (int32,
 little-endian fields, integers shifted to unsigned), `<name>.weight_scale` (out, groups) and
-`<name>.weight_shape`; transformers reads it. The manifest says on which grid they lie: `Grid`, one for all matrices, or
-`Grids`, which names the matrices of each.
+`<name>.weight_shape`; transformers reads it. 8-bit floats (`hasten.compression.fp8`) lie there as `float-quantized`:
+`<name>.weight` (float8_e4m3fn) and `<name>.weight_scale`. The manifest says on which grid they lie: `Grid`, one for all
+matrices, or `Grids`, which names the matrices of each.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 BITS = (4, 8)
+TYPES = ("int", "float")
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero
 LARGEST_SCALE = 65280.0  # the largest bfloat16 below float16's end
 ROWS = 4096
@@ -32,11 +34,15 @@ ROWS = 4096
 
 @dataclass(frozen=True)
 class Grid:
-    """bits: 4 or 8. group_size: neighbours that share a scale; 0 means the whole row (per channel)."""
+    """bits: 4 or 8. group_size: neighbours that share a scale; 0 means the whole row (per channel).
+
+    type: `int`, or `float` for E4M3, of which there are 8 bits and whole rows alone.
+    """
 
     bits: int
     group_size: int
     symmetric: bool = True
+    type: str = "int"
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -45,6 +51,12 @@ class Grid:
             raise UserError(f"group_size must be 0 (per channel) or more, got {self.group_size}")
         if not self.symmetric:
             raise UserError("symmetric must be true, got False: no engine here runs an asymmetric grid natively")
+        if self.type not in TYPES:
+            raise one_of("type", self.type, list(TYPES))
+        if self.type == "float" and (self.bits, self.group_size) != (8, 0):
+            raise UserError(
+                f"type float has 8 bits and whole rows (group_size 0), got {self.bits} and {self.group_size}"
+            )
 
     @property
     def lowest(self) -> int:
@@ -56,8 +68,8 @@ class Grid:
 
     @property
     def words(self) -> str:
-        """`int4 group 32`, `int8 per channel`."""
-        return f"int{self.bits} {f'group {self.group_size}' if self.group_size else 'per channel'}"
+        """`int4 group 32`, `int8 per channel`, `float8 per channel`."""
+        return f"{self.type}{self.bits} {f'group {self.group_size}' if self.group_size else 'per channel'}"
 
     @property
     def kinds(self) -> tuple[Grid, ...]:
@@ -73,7 +85,7 @@ class Grid:
         return self
 
     def describe(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("type", "int")}
 
     def groups(self, columns: int) -> int:
         """Groups per row of a matrix with that many columns. Raises `UserError` if they do not divide."""
@@ -215,16 +227,22 @@ def stored(name: str, q: torch.Tensor, scale: torch.Tensor, grid: Grid) -> dict[
 
 
 def quantised_names(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """Names (without `.weight`) of the matrices that are stored as integers."""
-    return [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]
+    """Names (without `.weight`) of the matrices that are stored as integers, or as 8-bit floats."""
+    import torch
+
+    packed = [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]
+    narrow = [key for key, value in tensors.items() if value.dtype is torch.float8_e4m3fn]
+    return packed + [key.removesuffix(".weight") for key in narrow]
 
 
 def integers(tensors: dict[str, torch.Tensor], name: str, grid: Grid | Grids) -> tuple[torch.Tensor, torch.Tensor]:
-    """A stored matrix's integers, int8 (out, in), and scales, float32 (out, groups).
+    """A stored matrix's integers, int8 (out, in), or its 8-bit floats, and scales, float32 (out, groups).
 
     Raises `UserError` if a part is missing or the parts do not fit each other and the grid.
     """
     grid = grid.of(name)
+    if grid.type == "float":
+        return eight_bit_floats(tensors, name)
     try:
         packed, scale, shape = (tensors[f"{name}.weight_{part}"] for part in ("packed", "scale", "shape"))
     except KeyError as error:
@@ -237,6 +255,19 @@ def integers(tensors: dict[str, torch.Tensor], name: str, grid: Grid | Grids) ->
             f"packed {tuple(packed.shape)}, scales {tuple(scale.shape)}"
         )
     return unpack(packed, grid.bits, columns), scale.float()
+
+
+def eight_bit_floats(tensors: dict[str, torch.Tensor], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A stored matrix's 8-bit floats (out, in) and scales, float32 (out, 1). Raises `UserError` as `integers`."""
+    import torch
+
+    q, scale = (tensors.get(f"{name}.weight{part}", torch.empty(0)) for part in ("", "_scale"))
+    if q.dtype is not torch.float8_e4m3fn or q.dim() != 2 or tuple(scale.shape) != (len(q), 1):
+        raise UserError(
+            f"matrix {name} must be float8_e4m3fn with a scale for each row, got {q.dtype} {tuple(q.shape)} with "
+            f"scales {tuple(scale.shape)}"
+        )
+    return q, scale.float()
 
 
 def floats(tensors: dict[str, torch.Tensor], grid: Grid | Grids | None) -> dict[str, torch.Tensor]:

@@ -42,7 +42,9 @@ def grid_of(checkpoint: Checkpoint) -> Grid | Grids | None:
 
 def finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite, some at a time: the check takes twice the memory of what it looks at."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(2**20))
+    parts = tensor.reshape(-1).split(2**20)
+    wide = (part.float() if part.itemsize == 1 else part for part in parts)  # torch does not ask 8-bit floats
+    return all(bool(torch.isfinite(part).all()) for part in wide)
 
 
 def load_network(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, own: bool = False) -> Network:
@@ -92,7 +94,7 @@ def checked_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
             raise UserError(
                 f"{checkpoint.path}: {name} must have shape {tuple(value.shape)} by config.json, got {shape}"
             )
-        if not bool(found.isfinite().all()):
+        if not finite(found):
             raise UserError(f"{checkpoint.path}: {name} holds NaN or infinite values")
     return tensors
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hasten.artifacts import Json
+from hasten.model import low_rank_config, lstm_config
 from hasten.model.config import ModelConfig
 from hasten.model.config_json import from_huggingface, to_huggingface
-from hasten.model.lstm_config import MODEL_TYPE, LstmConfig, from_json, to_json
+from hasten.model.low_rank_config import LowRankConfig
+from hasten.model.lstm_config import LstmConfig
 
 if TYPE_CHECKING:
     from hasten.model.network import Network
@@ -17,13 +19,18 @@ Shape = ModelConfig | LstmConfig
 
 def read_shape(config: Json) -> Shape:
     """The shape in a `config.json`. Raises `UserError` for an architecture that is not covered."""
-    return from_json(config) if config.get("model_type") == MODEL_TYPE else from_huggingface(config)
+    kind = config.get("model_type")
+    if kind == lstm_config.MODEL_TYPE:
+        return lstm_config.from_json(config)
+    return low_rank_config.from_json(config) if kind == low_rank_config.MODEL_TYPE else from_huggingface(config)
 
 
 def write_shape(shape: Shape, *, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Json:
     """`config.json` of a checkpoint with this shape."""
     if isinstance(shape, LstmConfig):
-        return to_json(shape, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
+        return lstm_config.to_json(shape, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
+    if isinstance(shape, LowRankConfig):
+        return low_rank_config.to_json(shape, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
     return to_huggingface(shape, bos_id=bos_id, eos_id=eos_id, pad_id=pad_id)
 
 
@@ -33,6 +40,10 @@ def build(shape: Shape) -> Network:
         from hasten.model.lstm import Lstm
 
         return Lstm(shape)
+    if isinstance(shape, LowRankConfig):
+        from hasten.model.factored import factored
+
+        return factored(shape)
     from hasten.model.decoder import Decoder
 
     return Decoder(shape)

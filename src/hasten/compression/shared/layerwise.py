@@ -101,9 +101,19 @@ def groups(model: Decoder, *, head: bool) -> list[Group]:
     found = [
         Group(tuple(f"model.layers.{number}.{name}" for name in names), linears(block, names), block)
         for number, block in enumerate(model.model.layers)
-        for names in GROUPS
+        for whole in GROUPS
+        for names in parts(block, whole)
     ]
     return [*found, Group(("lm_head",), (model.lm_head,))] if head else found
+
+
+def parts(block: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The same matrices, factored ones as two: the first sees what the whole one would, the second what that makes."""
+    from hasten.model.factored import Factored
+
+    factored = [name for name in names if isinstance(block.get_submodule(name), Factored)]
+    yield tuple(f"{name}.in_proj" if name in factored else name for name in names)
+    yield from ((f"{name}.out_proj",) for name in factored)
 
 
 def linears(block: nn.Module, names: Sequence[str]) -> tuple[nn.Linear, ...]:

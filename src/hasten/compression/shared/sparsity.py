@@ -64,6 +64,7 @@ class Observant(Sparsifier):
     """Looks at what each matrix is given, layer by layer."""
 
     needs: ClassVar[str] = "calibration"
+    takes_factors: ClassVar[bool] = True
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Set weights to zero. Raises `UserError` on a quantised parent or another network than a decoder."""

@@ -69,14 +69,14 @@ class Onnxruntime(Engine):
             raise UserError(f"engine.slots must be 1 to 256, got {self.slots}")
 
     def supports(self, variant: Variant) -> Support:
-        from hasten.model.config_json import from_huggingface
         from hasten.model.huggingface import grid_of
+        from hasten.model.low_rank_config import decoder_shape
 
         missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
         if missing:
             return Support(reason=f'{missing[0]} is not installed: pip install "hasten[onnxruntime]"')
         try:
-            shape = from_huggingface(variant.config)
+            shape = decoder_shape(variant.config)
         except UserError as error:
             return Support(reason=str(error))
         if shape.head_width % 16:
@@ -105,14 +105,14 @@ class Onnxruntime(Engine):
     def build(self, variant: Variant, cache: Path) -> Path:
         """The folder that holds the graph, its weights and their facts; written once, then found again."""
         from hasten.engine.onnxruntime import graph
-        from hasten.model.config_json import from_huggingface
         from hasten.model.huggingface import checked_tensors, grid_of
+        from hasten.model.low_rank_config import decoder_shape
 
         arithmetic = self.arithmetic(variant)
         level = graph.INT8_ACTIVATIONS if arithmetic == "int8" else graph.FLOAT_ACTIVATIONS
 
         def make(folder: Path) -> None:
-            config = from_huggingface(variant.config)
+            config = decoder_shape(variant.config)
             sizes = graph.write(config, checked_tensors(variant), grid_of(variant), level, folder)
             write_json(folder / "manifest.json", {"schema": SCHEMA, "kind": "onnx", **sizes})
 
@@ -172,10 +172,10 @@ class OnnxruntimeSession(Session):
     """Requests side by side, on a thread of its own. `submit` may be called from several threads."""
 
     def __init__(self, engine: Onnxruntime, folder: Path, variant: Variant, native_format: str) -> None:
-        from hasten.model.config_json import from_huggingface
         from hasten.model.cost import cost_of
+        from hasten.model.low_rank_config import decoder_shape
 
-        config = from_huggingface(variant.config)
+        config = decoder_shape(variant.config)
         self.context, self.vocabulary = min(engine.max_context, config.context), config.vocab_size
         self.slots, self.micro_batch = engine.slots, engine.micro_batch
         self.kernel, self.arithmetic = native_format, engine.arithmetic(variant)

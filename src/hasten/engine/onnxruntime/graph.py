@@ -100,7 +100,13 @@ class Graph:
         return len(stored) == 1 and (grid is None or not stored.pop() or len({*map(grid.of, sources)}) == 1)
 
     def linear(self, x: str, *sources: str) -> str:
-        """x (..., in) times matrices of the same input, below each other, plus their biases: (..., out)."""
+        """x (..., in) times matrices of the same input, below each other, plus their biases: (..., out).
+
+        Those that are two, or beside such, are products of their own.
+        """
+        if any(self.factored(source) for source in sources):
+            parts = [self.product(x, source) for source in sources]
+            return self.node("Concat", *parts, axis=-1) if len(parts) > 1 else parts[0]
         name = "+".join(sources)
         biases = [self.floats(f"{s}.bias") for s in sources if f"{s}.bias" in self.tensors]
         if biases and len(biases) < len(sources):
@@ -113,6 +119,15 @@ class Graph:
         self.bytes += weight.nbytes
         y = self.node("MatMul", x, self.tensor(f"{name}.weight", weight))
         return self.node("Add", y, bias) if bias else y
+
+    def factored(self, source: str) -> bool:
+        return any(f"{source}.in_proj.{kind}" in self.tensors for kind in ("weight", "weight_packed"))
+
+    def product(self, x: str, source: str) -> str:
+        """x times a matrix, or times the two that it is."""
+        if not self.factored(source):
+            return self.linear(x, source)
+        return self.linear(self.linear(x, f"{source}.in_proj"), f"{source}.out_proj")
 
     def quantised(self, x: str, name: str, bias: str, sources: tuple[str, ...]) -> str:
         if self.grid is None:

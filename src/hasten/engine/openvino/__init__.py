@@ -100,15 +100,15 @@ class Openvino(Engine):
         return self.activation_group if rounds else 0
 
     def supports(self, variant: Variant) -> Support:
-        from hasten.model.config_json import from_huggingface
         from hasten.model.huggingface import grid_of
+        from hasten.model.low_rank_config import decoder_shape
 
         if importlib.util.find_spec("openvino") is None:
             return Support(reason='openvino is not installed: pip install "hasten[openvino]"')
         if not metadata.version("openvino").startswith(f"{RELEASE}."):
             return Support(reason=f"its graph is made for OpenVINO {RELEASE}, got {metadata.version('openvino')}")
         try:
-            shape = from_huggingface(variant.config)
+            shape = decoder_shape(variant.config)
         except UserError as error:
             return Support(reason=str(error))
         grid = grid_of(variant)
@@ -131,11 +131,15 @@ class Openvino(Engine):
         return every(grid, lambda kind: self._supports_grid(kind, shape))
 
     def _supports_grid(self, grid: Grid, shape: ModelConfig) -> Support:
+        from hasten.model.low_rank_config import ranks
+
         bits, group = grid.bits, grid.group_size
         if "avx2" not in cpu_flags():
             return Support(reason="OpenVINO multiplies compressed weights on x86-64 with AVX2")
         if group & (group - 1):
             return Support(reason=f"OpenVINO's kernels are right for groups of a power of two, got group_size {group}")
+        if bits == 4 and any(rank % 2 for rank in ranks(shape).values()):
+            return Support(reason="OpenVINO's kernels are right for 4-bit rows of an even length: some rank is odd")
         if bits == 4 and (shape.hidden_size % 2 or shape.feed_forward_size % 2):
             return Support(reason="OpenVINO's kernels are right for 4-bit rows of an even length: hidden_size and "
                            f"feed_forward_size are {shape.hidden_size} and {shape.feed_forward_size}")  # fmt: skip
@@ -166,11 +170,11 @@ class OpenvinoSession(Session):
 
     def __init__(self, engine: Openvino, variant: Variant) -> None:
         from hasten.engine.openvino.passes import Pass, Sequence
-        from hasten.model.config_json import from_huggingface
         from hasten.model.huggingface import grid_of
+        from hasten.model.low_rank_config import decoder_shape
 
         start = time.perf_counter()
-        config, grid = from_huggingface(variant.config), grid_of(variant)
+        config, grid = decoder_shape(variant.config), grid_of(variant)
         float_bytes = 4 if engine.activations(grid) is Dtype.float32 else 2
         graph = Graph(config, variant.tensors(), grid, engine.weights.name, float_bytes)
         model = graph.model()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from hasten.engine.openvino.runtime import runtime
 from hasten.errors import UserError
 from hasten.model.config import Activation, ModelConfig, RopeScaling
+from hasten.model.low_rank_config import ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -134,6 +135,8 @@ class Graph:
 
     def linear(self, x: Node, name: str, rows: int, columns: int) -> Node:
         """x (..., columns) -> (..., rows)."""
+        if rank := ranks(self.config).get(name):
+            return self.linear(self.linear(x, f"{name}.in_proj", rank, columns), f"{name}.out_proj", rows, rank)
         if f"{name}.weight_packed" in self.tensors:
             weight, groups = self.quantised(name, rows, columns), self.tensors[f"{name}.weight_scale"].numel()
             assert self.grid is not None

@@ -114,9 +114,11 @@ class Vllm(Engine):
         if grid is None:
             return Support(native_format=self.weights.name)
         if self.weights is Dtype.float32:
-            return Support(reason="Marlin multiplies in 16 bits: weight_dtype must be bfloat16 or float16, got float32")
+            return Support(
+                reason="vLLM's kernels multiply in 16 bits: weight_dtype must be bfloat16 or float16, got float32"
+            )
         reason = apart(grid) or table(grid)
-        return Support(reason=reason) if reason else every(grid, self._supports_grid)
+        return Support(reason=reason) if reason else every(grid, self._supports_grid, float8=True)
 
     def _supports_grid(self, grid: Grid) -> Support:
         if grid.group_size not in GROUPS:
@@ -341,10 +343,12 @@ def doubtful(made: Any) -> bool:
 
 
 def weight_bytes(cost: NetworkCost, grid: Grid | Grids | None, element: int) -> int:
-    """What decoding a token reads: integers with 16-bit scales, the rest in the weights' type."""
+    """What decoding a token reads: integers with 16-bit scales or floats with 32-bit ones, the rest in the weights'
+    type.
+    """
     from hasten.model.layout import Format, Layout
 
     if grid is None:
         return cost.weight_bytes_per_token(Format.floats(element))
-    held = Format.on(grid, lambda kind: Layout(kind.bits, 2, kind.group_size), element)
+    held = Format.on(grid, lambda kind: Layout(kind.bits, 4 if kind.type == "float" else 2, kind.group_size), element)
     return cost.weight_bytes_per_token(held)
