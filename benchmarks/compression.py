@@ -12,14 +12,12 @@ the head) as float32. Seconds are as they came.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from engines import SHAPES
+from engines import SHAPES, apart, write_parent
 
 from hasten.artifacts import Checkpoint
 from hasten.compression.base import Calibration
@@ -39,22 +37,6 @@ def shape(name: str) -> ModelConfig:
     found = SHAPES.get(name) or composed([f"model={name}"]).model
     assert isinstance(found, ModelConfig), f"{name} is no decoder's shape"
     return found
-
-
-def write_parent(config: ModelConfig, folder: Path) -> None:
-    """A checkpoint with random weights, float32."""
-    import torch
-
-    from hasten.model.config_json import to_huggingface
-    from hasten.model.decoder import Decoder
-    from hasten.model.huggingface import network_tensors, save_checkpoint
-
-    model = Decoder(config)
-    for weight in model.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(0))
-    described = to_huggingface(config, bos_id=0, eos_id=1, pad_id=2)
-    save_checkpoint(folder / "parent", described, network_tensors(model), folder, {"kind": "checkpoint"})
 
 
 def measured(name: str, folder: Path, rows: int, length: int) -> tuple[int, float]:
@@ -84,17 +66,15 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=32, help="of calibration text")
     parser.add_argument("--length", type=int, default=128, help="of a row, in tokens")
     options = parser.parse_args()
-    config, context = shape(options.shape), multiprocessing.get_context("spawn")
+    config = shape(options.shape)
     states = 4 * options.rows * options.length * config.hidden_size
     print(ROW.format("method", "seconds", "peak MB", "parent", "layer", "states", "peak / sum"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with ProcessPoolExecutor(1, context) as pool:
-            pool.submit(write_parent, config, folder).result()
+        apart(write_parent, config, folder)
         parent = Checkpoint(folder / "parent").weight_bytes
         for method in options.methods.split(","):
-            with ProcessPoolExecutor(1, context) as pool:
-                peak, seconds = pool.submit(measured, method, folder, options.rows, options.length).result()
+            peak, seconds = apart(measured, method, folder, options.rows, options.length)
             layer = largest_layer(config, head=issubclass(discover("compression")[method], Quantiser))
             ratio = peak / (parent + layer + states)
             megabytes = [f"{value / 1e6:,.0f}" for value in (peak, parent, layer, states)]

@@ -139,21 +139,25 @@ def prompt(length: int, config: ModelConfig) -> tuple[int, ...]:
     return tuple(torch.randint(3, config.vocab_size, (length,), generator=generator).tolist())
 
 
-def made(name: str, variants: Collection[str], folder: Path) -> None:
-    """The shape's variants, with random weights, in `folder`: in a process of its own, whose memory goes with it."""
+def write_parent(config: ModelConfig, folder: Path) -> None:
+    """`folder/parent`: a float32 checkpoint of this shape, with random weights."""
     import torch
 
     from hasten.model.config_json import to_huggingface
     from hasten.model.decoder import Decoder
     from hasten.model.huggingface import network_tensors, save_checkpoint
 
-    model = Decoder(SHAPES[name])
+    model = Decoder(config)
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(0))
-    config = to_huggingface(SHAPES[name], bos_id=0, eos_id=1, pad_id=2)
-    save_checkpoint(folder / "parent", config, network_tensors(model), folder, {"kind": "checkpoint"})
-    del model
+    described = to_huggingface(config, bos_id=0, eos_id=1, pad_id=2)
+    save_checkpoint(folder / "parent", described, network_tensors(model), folder, {"kind": "checkpoint"})
+
+
+def made(name: str, variants: Collection[str], folder: Path) -> None:
+    """The shape's variants, with random weights, in `folder`: in a process of its own, whose memory goes with it."""
+    write_parent(SHAPES[name], folder)
     for variant in variants:
         parent = Checkpoint(folder / "parent")
         make_variant(METHODS[variant], parent, None, name=variant, target=folder / variant, seed=0)
