@@ -10,7 +10,7 @@ task a language, by which nothing is selected here. Printed are means over seeds
 what they differ by from those of the same seed's calibration on both languages. Which items are asked adds an error of
 its own, some half a point for a single seed.
 
-Results are kept in `artifacts/<plan>/calibration.json`; a variant that is in there is not made again.
+Results are kept in `artifacts/<plan>/calibration-<baseline>-<tokens>.json`; a variant in there is not made again.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16384, help="held-out text a language")
     options = parser.parse_args()
     settings, plan = options.settings.split(","), Path("artifacts", options.plan)
-    kept = plan / "calibration.json"
+    parent = load_checkpoint(plan / "variants" / "baseline").hash[:12]
+    kept = plan / f"calibration-{parent}-{options.tokens}.json"
     results = read_json(kept) if kept.is_file() else {}
     for case in cases(settings, options.seeds):
         if key(*case) not in results:

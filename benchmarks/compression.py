@@ -26,6 +26,7 @@ from hasten.compression.shared.quantiser import Quantiser
 from hasten.config import discover
 from hasten.evaluation.memory import peak_bytes, reset_peak
 from hasten.model.config import ModelConfig
+from hasten.model.cost import Cost
 from hasten.model.cost_report import composed
 
 ROW = "{:>12} {:>8} {:>8} {:>8} {:>8} {:>8} {:>11}"
@@ -84,9 +85,8 @@ def main() -> int:
 
 def largest_layer(config: ModelConfig, *, head: bool) -> int:
     """Bytes of a block's matrices, or of the head's if that is treated and larger; float32."""
-    attention = config.hidden_size * config.head_width * 2 * (config.heads + config.kv_heads)
-    block = attention + 3 * config.hidden_size * config.feed_forward_size
-    return 4 * max(block, config.vocab_size * config.hidden_size if head else 0)
+    cost = Cost(config)
+    return 4 * max(cost.block_parameters // config.layers, cost.head.weights if head else 0)
 
 
 if __name__ == "__main__":

@@ -246,7 +246,8 @@ class Variant(Checkpoint):
     """A checkpoint that one compression method made from a parent.
 
     Its manifest adds `name`, `method`, `options`, `lineage` (names from the first ancestor to itself),
-    `parent` (hash) and `grid` (bits, group_size, symmetric of its integers; null if float).
+    `parent` (hash) and `grid` (bits, group_size, symmetric of its integers, `type` of 8-bit floats; or `groups` of
+    such, each with the `matrices` that lie on it; null if float).
     """
 
     @property

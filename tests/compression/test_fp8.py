@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hasten.artifacts import Variant
 from hasten.compression.embedding import Embedding
-from hasten.compression.fp8 import Fp8, nearest_scale, quantization_config, rounded
+from hasten.compression.fp8 import INPUTS, Fp8, nearest_scale, rounded
 from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
 from hasten.engine.base import Dtype, Engine, Request
@@ -24,7 +24,7 @@ from hasten.engine.transformers import Transformers
 from hasten.engine.vllm import Vllm, head_named, weight_bytes
 from hasten.errors import UserError
 from hasten.model.cost import cost_of
-from hasten.model.grid import Grid, floats, quantised_names
+from hasten.model.grid import Grid, floats, quantised_names, quantization_config
 from hasten.model.huggingface import grid_of, load_network
 from tests.compression.texts import text
 from tests.tiny import decoder, lstm, shape, write_variant
@@ -64,7 +64,9 @@ def test_rounding_and_widening_equal_compressed_tensors(
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * magnitude
     scale = nearest_scale(weight) * share  # by half: the largest are clipped
     ours = rounded(weight, scale)
-    scheme = QuantizationConfig.model_validate(quantization_config([], True)).config_groups["group_0"]
+    found = quantization_config(Grid(8, 0, type="float"), [])
+    found["config_groups"]["group_0"]["input_activations"] = INPUTS
+    scheme = QuantizationConfig.model_validate(found).config_groups["group_0"]
     theirs = BaseCompressor.get_value_from_registry("float-quantized")
     packed = theirs.compress({"weight": weight, "weight_scale": scale}, scheme)["weight"]
     assert ours.dtype is packed.dtype is torch.float8_e4m3fn

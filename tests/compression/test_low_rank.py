@@ -16,6 +16,7 @@ from hasten.compression.depth import Depth
 from hasten.compression.distill import Distill
 from hasten.compression.gptq import Gptq
 from hasten.compression.gqa import Gqa
+from hasten.compression.lora_heal import LoraHeal
 from hasten.compression.low_rank import Allocation, LowRank, Which, allotted, weights
 from hasten.compression.make import make_variant
 from hasten.compression.mixed import Mixed
@@ -27,10 +28,8 @@ from hasten.compression.wanda import Wanda
 from hasten.compression.width import Width
 from hasten.compression.window import Window
 from hasten.config import discover
-from hasten.engine.base import Dtype, Engine, Request
+from hasten.engine.base import Engine, Request
 from hasten.engine.eager import Eager
-from hasten.engine.onnxruntime import Onnxruntime
-from hasten.engine.openvino import Openvino
 from hasten.errors import UserError
 from hasten.model.cost import cost_of
 from hasten.model.decoder import Decoder
@@ -38,6 +37,7 @@ from hasten.model.huggingface import load_network
 from hasten.model.low_rank_config import LowRankConfig, matrix_sizes
 from hasten.training.options import Precision
 from tests.compression.texts import text
+from tests.engine.engines import opened
 from tests.engine.llama import far_from_best
 from tests.tiny import GEMMA, decoder, shape, write_variant
 
@@ -195,7 +195,9 @@ def test_what_comes_after_it(thin: Variant, method: Compressor, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "method", [LowRank(), Gqa(1), Width(), Depth(), Awq(), Smoothquant(), Window(16)], ids=lambda method: method.name
+    "method",
+    [LowRank(), Gqa(1), Width(), Depth(), Awq(), Smoothquant(), Window(16), LoraHeal()],
+    ids=lambda method: method.name,
 )
 def test_what_wants_whole_matrices_refuses_its_child(thin: Variant, method: Compressor) -> None:
     with pytest.raises(UserError, match=f"{method.name} needs whole matrices, got .*thin with factored ones"):
@@ -203,8 +205,8 @@ def test_what_wants_whole_matrices_refuses_its_child(thin: Variant, method: Comp
 
 
 @pytest.mark.parametrize("bits", [0, 8])
-@pytest.mark.parametrize("engine", [Onnxruntime, Openvino])
-def test_engines_that_write_their_graphs_write_two_products(tmp_path: Path, engine: type[Engine], bits: int) -> None:
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_engines_that_write_their_graphs_write_two_products(tmp_path: Path, engine: str, bits: int) -> None:
     """With biases, and with norms between queries and keys and their attention."""
     for number, changes in enumerate(({"qkv_bias": True}, GEMMA)):
         config = shape(hidden_size=64, feed_forward_size=128, **changes)
@@ -213,16 +215,9 @@ def test_engines_that_write_their_graphs_write_two_products(tmp_path: Path, engi
         if bits:
             variant = made(Rtn(bits=bits, group_size=16), variant, "int8", None)
         model = load_network(variant).eval()
-        exact: dict[str, Any] = {"threads": 1, "max_context": 64, "activation_dtype": Dtype.float32,
-                                 "kv_cache_dtype": Dtype.float32}  # fmt: skip
-        if not engine().supports(variant) and "not installed" in str(engine().supports(variant).reason):
-            pytest.skip(str(engine().supports(variant).reason))
-        session = engine(**exact).load(variant, tmp_path / "cache")
-        try:
-            asked = tuple(TEXT.ids[0].tolist())
+        asked = tuple(TEXT.ids[0].tolist())
+        with opened(engine, variant, tmp_path / "cache", max_context=64) as session:
             found = [token.id for token in session.submit(Request(0, asked, 8))]
-        finally:
-            session.close()
         assert far_from_best(model, asked, found) < 1e-2
         if not bits:
             read = 4 * cost_of(shape_of(variant)).parameters_per_token

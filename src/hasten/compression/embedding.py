@@ -20,8 +20,8 @@ from typing import ClassVar
 
 from hasten.artifacts import Checkpoint
 from hasten.compression.base import Calibration, Compressed, Compressor
-from hasten.compression.shared.quantiser import Scale, chosen_scale, on_grid
-from hasten.errors import UserError, one_of
+from hasten.compression.shared.quantiser import Scale, check_grid, chosen_scale, on_grid
+from hasten.errors import UserError
 
 
 @dataclass
@@ -35,10 +35,7 @@ class Embedding(Compressor):
     grids: ClassVar[str] = "4 or 8 bits for the embedding, any group size that divides it; else its parent's"
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise one_of("compression.bits", self.bits, [4, 8])
-        if self.group_size < 0:
-            raise UserError(f"compression.group_size must be 0 (whole row) or more, got {self.group_size}")
+        check_grid(self.bits, self.group_size)
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Quantise the embedding. Raises `UserError` on a float parent, or one whose embedding is integers already."""

@@ -15,11 +15,11 @@ It is stored as compressed-tensors' `float-quantized`: `<name>.weight` (float8_e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from hasten.artifacts import Checkpoint
 from hasten.compression.base import Calibration, Compressed, Compressor
-from hasten.compression.shared.quantiser import is_linear
+from hasten.compression.shared.quantiser import is_linear, untied
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,8 @@ LARGEST = 448.0
 """Of E4M3."""
 SMALLEST_SCALE = 2.0**-100
 """Of a row of zeros; far above where bfloat16 ends."""
+INPUTS = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
+"""What compressed-tensors calls a scale for each token, found as it comes."""
 
 
 @dataclass
@@ -43,19 +45,17 @@ class Fp8(Compressor):
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Round every linear layer. Raises `UserError` on a quantised parent."""
-        from hasten.model.grid import Grid
+        from hasten.model.grid import Grid, quantization_config
 
-        self.refuse_quantised(parent)
-        config, tensors = dict(parent.config), parent.tensors()
-        if self.head and config.get("tie_word_embeddings"):
-            config["tie_word_embeddings"] = False
-            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        config, tensors = untied(self, parent, head=self.head)
         for name, weight in list(tensors.items()):
             if is_linear(name) and (self.head or name != "lm_head.weight"):
                 scale = nearest_scale(weight)
                 tensors[name], tensors[f"{name}_scale"] = rounded(weight, scale), scale
-        config["quantization_config"] = quantization_config([] if self.head else ["lm_head"], self.activations)
-        return Compressed(config, tensors, Grid(8, 0, type="float"))
+        grid = Grid(8, 0, type="float")
+        found = quantization_config(grid, [] if self.head else ["lm_head"])
+        found["config_groups"]["group_0"]["input_activations"] = INPUTS if self.activations else None
+        return Compressed({**config, "quantization_config": found}, tensors, grid)
 
 
 def nearest_scale(weight: Tensor) -> Tensor:
@@ -69,18 +69,3 @@ def rounded(weight: Tensor, scale: Tensor) -> Tensor:
     import torch
 
     return (weight.float() / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-
-
-def quantization_config(ignore: list[str], activations: bool) -> dict[str, Any]:
-    """`quantization_config` for `config.json`, as compressed-tensors writes it."""
-    number = {"num_bits": 8, "type": "float", "symmetric": True}
-    weights = {**number, "strategy": "channel", "dynamic": False, "observer": "minmax"}
-    inputs = {**number, "strategy": "token", "dynamic": True} if activations else None
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ignore,
-    }

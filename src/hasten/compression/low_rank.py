@@ -142,7 +142,7 @@ def look(model: Decoder, text: Calibration | None, work: Cutting | Spectra) -> N
 
 
 def allotted(energies: dict[str, Tensor], sizes: Sizes, keep: float, step: int) -> dict[str, int]:
-    """Ranks that lose the least in all, each matrix's loss a share of its outputs' energy, for `keep` of the weights.
+    """Ranks chosen greedily, each matrix's loss a share of its outputs' energy, for at most `keep` of the weights.
 
     energies: squared singular values, falling. Every matrix starts at one step; further ones go where they spare most
     per weight. The last step of a matrix, beyond which two would be no fewer weights than one, leaves it whole.

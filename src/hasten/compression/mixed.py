@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from hasten.artifacts import Checkpoint
 from hasten.compression.base import Calibration, Compressed, Compressor
-from hasten.compression.shared.quantiser import Integers, Scale, chosen_scale, on_grid, untied
+from hasten.compression.shared.quantiser import Integers, Scale, check_grid, chosen_scale, on_grid, untied
 from hasten.errors import UserError, one_of
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class Mixed(Compressor):
             raise UserError(f"compression.candidates must be at least two in ascending order, got {self.candidates}")
         if unknown := [bits for bits in self.candidates if bits not in BITS]:
             raise one_of("compression.candidates", unknown[0], list(BITS))
-        if self.group_size < 0:
-            raise UserError(f"compression.group_size must be 0 (whole row) or more, got {self.group_size}")
+        for bits in self.integral:
+            check_grid(bits, self.group_size)
         if not 0 <= self.damping <= 1:
             raise UserError(f"compression.damping must be 0 to 1, got {self.damping}")
 
@@ -142,7 +142,7 @@ class Mixed(Compressor):
         from hasten.compression.shared.layerwise import walk
 
         work = Compensating(grids, self.scale, damping=self.damping, act_order=True)
-        walk(model, text, work, head=grids.covers("lm_head"))
+        walk(model, text, work, head=grids.covers("lm_head"), last=True)
         return work.integers
 
 
@@ -227,5 +227,6 @@ def cheapest(options: Sequence[Mapping[int, tuple[int, float]]], budget: int) ->
         found, lowest = [], float("inf")
         for one in sorted(extended, key=lambda one: one[:2]):
             if one[1] < lowest:
-                found, lowest = [*found, one], one[1]
+                found.append(one)
+                lowest = one[1]
     return found[-1][2]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from hasten.model.config import ModelConfig
 from hasten.model.layout import Format, Matrix
-from hasten.model.low_rank_config import LowRankConfig, matrix_sizes
+from hasten.model.low_rank_config import LowRankConfig, matrix_sizes, projections
 from hasten.model.lstm_config import LstmConfig
 
 if TYPE_CHECKING:
@@ -156,15 +156,7 @@ class Cost(NetworkCost):
 
     @property
     def matrices(self) -> list[Matrix]:
-        c = self.config
-        query, key, inner = c.heads * c.head_width, c.kv_heads * c.head_width, c.feed_forward_size
-        return [
-            Matrix(query, c.hidden_size, c.layers),
-            Matrix(key, c.hidden_size, 2 * c.layers),
-            Matrix(c.hidden_size, query, c.layers),
-            Matrix(inner, c.hidden_size, 2 * c.layers),
-            Matrix(c.hidden_size, inner, c.layers),
-        ]
+        return [Matrix(*size, self.config.layers) for size in projections(self.config).values()]
 
     @property
     def vector_parameters(self) -> int:

@@ -293,7 +293,7 @@ def quantization_config(grid: Grid | Grids, ignore: list[str]) -> dict[str, Any]
             "targets": ["Linear"] if isinstance(grid, Grid) else grid.named(kind),
             "weights": {
                 "num_bits": kind.bits,
-                "type": "int",
+                "type": kind.type,
                 "symmetric": kind.symmetric,
                 "strategy": "group" if kind.group_size else "channel",
                 "group_size": kind.group_size or None,
@@ -305,7 +305,7 @@ def quantization_config(grid: Grid | Grids, ignore: list[str]) -> dict[str, Any]
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": "float-quantized" if any(kind.type == "float" for kind in grid.kinds) else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": ignore,

@@ -2,8 +2,8 @@
 
 A quantised matrix is integers and scales. On disk (`hasten.model.grid.stored`) rows of integers fill 32-bit words and
 scales are float32; engines pack the same integers behind 16-bit scales, llama.cpp in blocks of 32 (34 bytes in Q8_0,
-18 in Q4_0), others with one scale per group. Embeddings, norms and biases stay float32. The head is quantised too, and
-then a matrix of its own beside the embedding, tied or not.
+18 in Q4_0), others with one scale per group. What has no grid stays float. A quantised head is a matrix of its
+own beside the embedding, unless the embedding's integers serve a tied one.
 """
 
 from __future__ import annotations

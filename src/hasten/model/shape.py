@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hasten.artifacts import Json
 from hasten.model import low_rank_config, lstm_config
 from hasten.model.config import ModelConfig
-from hasten.model.config_json import from_huggingface, to_huggingface
+from hasten.model.config_json import to_huggingface
 from hasten.model.low_rank_config import LowRankConfig
 from hasten.model.lstm_config import LstmConfig
 
@@ -19,10 +19,9 @@ Shape = ModelConfig | LstmConfig
 
 def read_shape(config: Json) -> Shape:
     """The shape in a `config.json`. Raises `UserError` for an architecture that is not covered."""
-    kind = config.get("model_type")
-    if kind == lstm_config.MODEL_TYPE:
+    if config.get("model_type") == lstm_config.MODEL_TYPE:
         return lstm_config.from_json(config)
-    return low_rank_config.from_json(config) if kind == low_rank_config.MODEL_TYPE else from_huggingface(config)
+    return low_rank_config.decoder_shape(config)
 
 
 def write_shape(shape: Shape, *, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Json:

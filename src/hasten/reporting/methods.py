@@ -68,14 +68,14 @@ def results(verdict: Json) -> str:
     for engine in sorted({trial["engine"] for trial in trials}):
         own = sorted((one for one in trials if one["engine"] == engine), key=slowness, reverse=True)
         unchanged = min(
-            (one for one in own if len(one["methods"]) == 1 and not one.get("converted")), key=slowness, default=None
+            (one for one in own if len(one["methods"]) == 1 and not one["converted"]), key=slowness, default=None
         )
         for trial in own:
             megabytes = f"{trial['weight_bytes_per_token'] / 1e6:.2f}"
             speedup = (confirmed.get(trial["trial"]) or {}).get("speedup")
             speeds = [ratio(unchanged, trial), times(speedup) if speedup else "-"]
             answers = [accuracy(trial, unchanged, task) for task in tasks]
-            chain = f"{engine}'s own {trial['converted']}" if trial.get("converted") else " > ".join(trial["methods"])
+            chain = f"{engine}'s own {trial['converted']}" if trial["converted"] else " > ".join(trial["methods"])
             seconds = f"{trial['build_seconds']:.1f}"
             rows.append([f"`{trial['variant']}`", chain, engine, megabytes, *speeds, *answers, seconds])
     return markdown(rows)

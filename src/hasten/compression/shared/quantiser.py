@@ -53,10 +53,7 @@ class Quantiser(Compressor):
     grids: ClassVar[str] = "4 or 8 bits, any group size that divides the widths, symmetric"
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise one_of("compression.bits", self.bits, [4, 8])
-        if self.group_size < 0:
-            raise UserError(f"compression.group_size must be 0 (whole row) or more, got {self.group_size}")
+        check_grid(self.bits, self.group_size)
         if not self.symmetric:
             raise UserError("compression.symmetric must be true, got False: no engine runs an asymmetric grid natively")
 
@@ -128,6 +125,14 @@ def on_grid(
     linear = {**dict.fromkeys(name for name in tensors if is_linear(name)), "lm_head.weight": None}  # tied or not
     ignored = [name.removesuffix(".weight") for name in linear if f"{name}_packed" not in result]
     return Compressed({**config, "quantization_config": quantization_config(grid, ignored)}, result, grid, facts)
+
+
+def check_grid(bits: int, group_size: int) -> None:
+    """Raises `UserError` for options that no grid of integers has."""
+    if bits not in (4, 8):
+        raise one_of("compression.bits", bits, [4, 8])
+    if group_size < 0:
+        raise UserError(f"compression.group_size must be 0 (whole row) or more, got {group_size}")
 
 
 def is_linear(name: str) -> bool:

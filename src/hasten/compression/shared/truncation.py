@@ -20,10 +20,12 @@ class Spectra(Summing):
         self.energies: dict[str, Tensor] = {}
 
     def settle(self, group: Group, inputs: Inputs) -> None:
+        named = [pair for pair in zip(group.names, group.linears, strict=True) if pair[0] in self.names]
+        if not named:
+            return
         root = square_root(inputs.gram)
-        for name, linear in zip(group.names, group.linears, strict=True):
-            if name in self.names:
-                self.energies[name] = torch.linalg.svdvals(linear.weight.double() @ root).square()
+        for name, linear in named:
+            self.energies[name] = torch.linalg.svdvals(linear.weight.double() @ root).square()
 
 
 class Cutting(Summing):
@@ -36,7 +38,9 @@ class Cutting(Summing):
 
     def settle(self, group: Group, inputs: Inputs) -> None:
         named = [pair for pair in zip(group.names, group.linears, strict=True) if pair[0] in self.ranks]
-        root = square_root(inputs.gram) if named else inputs.gram
+        if not named:
+            return
+        root = square_root(inputs.gram)
         for name, linear in named:
             outer, inner, lost = cut(linear.weight.double(), root, self.ranks[name])
             self.factors[name], self.errors[name] = (outer.float(), inner.float()), round(lost, 6)
