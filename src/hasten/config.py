@@ -15,7 +15,8 @@ import pkgutil
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from inspect import isabstract
 from pathlib import Path
@@ -231,3 +232,18 @@ def user_sentence(error: BaseException) -> str | None:
         if message and "$" not in message:
             parts.append(" ".join(message.split()))
     return ": ".join(dict.fromkeys(parts)) or type(error).__name__
+
+
+@contextmanager
+def environment(changes: dict[str, str]) -> Iterator[None]:
+    """Environment variables that hold as long as this lasts, also for processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

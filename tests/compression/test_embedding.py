@@ -17,8 +17,8 @@ from hasten.engine.base import Request
 from hasten.engine.eager import Eager
 from hasten.errors import UserError
 from hasten.model.cost import Cost
-from hasten.model.grid import Grid, dequantise, integers, quantise
-from hasten.model.huggingface import grid_of, load_network
+from hasten.model.grid import Grid, dequantise, grid_of, integers, quantise
+from hasten.model.huggingface import load_network
 from hasten.model.layout import Format
 from tests.compression.texts import text
 from tests.tiny import decoder, shape, write_variant

@@ -24,8 +24,8 @@ from hasten.engine.transformers import Transformers
 from hasten.engine.vllm import Vllm, head_named, weight_bytes
 from hasten.errors import UserError
 from hasten.model.cost import cost_of
-from hasten.model.grid import Grid, floats, quantised_names, quantization_config
-from hasten.model.huggingface import grid_of, load_network
+from hasten.model.grid import Grid, floats, grid_of, quantised_names, quantization_config
+from hasten.model.huggingface import load_network
 from tests.compression.texts import text
 from tests.tiny import decoder, lstm, shape, write_variant
 

@@ -20,8 +20,8 @@ from hasten.compression.shared.quantiser import Scale, nearest_scale
 from hasten.engine.base import Request
 from hasten.engine.eager import Eager
 from hasten.errors import UserError
-from hasten.model.grid import Grid, Grids, dequantise, quantise, quantised_names
-from hasten.model.huggingface import grid_of, load_network
+from hasten.model.grid import Grid, Grids, dequantise, grid_of, quantise, quantised_names
+from hasten.model.huggingface import load_network
 from tests.compression.texts import text
 from tests.tiny import GEMMA, decoder, lstm, shape, write_variant
 

@@ -25,7 +25,8 @@ from tests.tiny import lstm, write_variant
 
 NEAR_TIE = 0.01  # two logits closer than this may change places: sums are in another order
 SHARED = [(name, "llama", {"slots": 16}) for name in BATCHING]
-SHARED += [(name, "gemma3-short", {"slots": 5, "micro_batch": 24}) for name in BATCHING]
+SHARED += [(name, "gemma3-short", {"slots": 5, "micro_batch": 24}) for name in BATCHING if name != "vllm"]
+SHARED += [("vllm", "gemma3-short", {"slots": 5})]
 SHARED += [("onnxruntime", "llama", {"slots": 1, "micro_batch": 24})]
 """Engines, families and options with which requests share passes."""
 
@@ -208,12 +209,19 @@ def test_logits_that_are_not_finite_are_an_error(shelf: Shelf, cache: Path, name
                 list(session.submit(Request(3, prompt(4), 5, verify=True, temperature=temperature)))
 
 
-@pytest.mark.parametrize("name", ["compiled", "native", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["compiled", "native", "onnxruntime", "openvino", "transformers"])
 def test_a_checkpoint_that_is_not_what_it_says_is_one_sentence(tmp_path: Path, cache: Path, name: str) -> None:
     for number, (norm, words) in enumerate(CORRUPT):
         broken = llama.rewrite(llama.variant(tmp_path / f"v{number}", llama.shape()), {"model.norm.weight": norm})
         with pytest.raises(UserError, match=words):
             engine(name).load(broken, cache)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_grid_that_does_not_exist_is_refused_not_raised(shelf: Shelf, tmp_path: Path, name: str) -> None:
+    odd = llama.variant(tmp_path / "v", llama.shape())
+    odd.manifest["grid"] = {"bits": 3, "group_size": 32, "symmetric": True}
+    assert engine(name).reads(odd).reason == "bits must be one of [4, 8], got 3"
 
 
 @pytest.mark.parametrize("name", [name for name in ENGINES if name != "eager"])

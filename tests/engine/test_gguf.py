@@ -131,6 +131,13 @@ def test_grids_that_llamacpp_has_no_blocks_for_are_refused_with_the_reason(tmp_p
     assert words in str(gguf.unsupported(variant))
 
 
+def test_what_has_no_blocks_is_not_written(tmp_path):
+    rows = llama.on_grid(llama.variant(tmp_path / "v", llama.shape()), 8, 0)
+    with pytest.raises(UserError, match="group_size must be a multiple of 32, got 0"):
+        gguf.write(rows, Dtype.float32, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
 BIASES = {"qkv_bias": True, "output_bias": True}
 LLAMA3 = RopeScaling(RopeKind.llama3, 8.0)
 

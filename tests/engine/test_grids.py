@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,26 +17,20 @@ from hasten.config import discover
 from hasten.engine import gguf
 from hasten.engine.base import Dtype, Engine, Request, Support
 from hasten.engine.compiled import Compiled
-from hasten.engine.eager import Eager
 from hasten.engine.grids import apart, every
 from hasten.engine.llamacpp import Llamacpp
 from hasten.engine.native import Native
-from hasten.engine.onnxruntime import Onnxruntime
-from hasten.engine.openvino import Openvino
-from hasten.engine.transformers import Transformers
 from hasten.engine.vllm import Vllm, head_named, weight_bytes
 from hasten.model.cost import Cost
-from hasten.model.grid import Grid, Grids, quantised_names
-from hasten.model.huggingface import grid_of, load_network
+from hasten.model.grid import Grid, Grids, grid_of, quantised_names
+from hasten.model.huggingface import load_network
 from hasten.model.layout import Format
 from tests.engine import llama
+from tests.engine.engines import engine, opened
 from tests.engine.llama import far_from_best, ids, prompt
 
 INT4, INT8, ROWS = Grid(4, 32), Grid(8, 32), Grid(8, 0)
 CONFIG = llama.shape(tied_head=False)
-EXACT: dict[str, Any] = {"threads": 1, "weight_dtype": Dtype.float32, "kv_cache_dtype": Dtype.float32}
-UNROUNDED = {**EXACT, "activation_dtype": Dtype.float32}
-NEEDS = {"llamacpp": "xllamacpp", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
 def spread(more: Grid) -> dict[str, Grid]:
@@ -72,48 +65,50 @@ def torn(plain: Variant) -> Variant:
     return llama.on_grids(plain, "torn", {**spread(INT8), "model.layers.1.self_attn.q_proj": INT4})
 
 
-ENGINES: dict[str, tuple[Engine, str, str]] = {
-    "compiled": (Compiled(**EXACT, compile=False), "by_row", "int4 group 32 and int8 per channel"),
-    "eager": (Eager(**EXACT), "mixed", "float32 (dequantised)"),
-    "native": (Native(**UNROUNDED), "mixed", "int4 group 32 and int8 group 32"),
-    "onnxruntime": (Onnxruntime(**UNROUNDED), "torn", "int4 block 32 and float32 (dequantised in every pass)"),
-    "openvino": (Openvino(**UNROUNDED), "torn", "int4 group 32 and int8 group 32"),
-    "transformers": (Transformers(**EXACT), "torn", "float32 (dequantised)"),
+NATIVELY = {
+    "compiled": ("by_row", "int4 group 32 and int8 per channel"),
+    "eager": ("mixed", "float32 (dequantised)"),
+    "native": ("mixed", "int4 group 32 and int8 group 32"),
+    "onnxruntime": ("torn", "int4 block 32 and float32 (dequantised in every pass)"),
+    "openvino": ("torn", "int4 group 32 and int8 group 32"),
+    "transformers": ("torn", "float32 (dequantised)"),
 }
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_each_matrix_is_multiplied_as_what_its_own_integers_stand_for(
-    request: pytest.FixtureRequest, cache: Path, name: str
-) -> None:
-    engine, fixture, words = ENGINES[name]
-    if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
-    variant = request.getfixturevalue(fixture)
-    assert engine.supports(variant).native_format == words
-    with closing(engine.load(variant, cache)) as session:
+def assert_answers_are_the_networks(name: str, variant: Variant, cache: Path) -> None:
+    with opened(name, variant, cache) as session:
         found = ids(session.submit(Request(0, prompt(20), 24)))
     assert len(set(found)) > 3
     assert far_from_best(load_network(variant).eval(), prompt(20), found) < 0.01
 
 
+@pytest.mark.parametrize("name", NATIVELY)
+def test_each_matrix_is_multiplied_as_what_its_own_integers_stand_for(
+    request: pytest.FixtureRequest, cache: Path, name: str
+) -> None:
+    fixture, words = NATIVELY[name]
+    variant = request.getfixturevalue(fixture)
+    assert engine(name).supports(variant).native_format == words
+    assert_answers_are_the_networks(name, variant, cache)
+
+
 def test_llama_cpp_reads_each_matrix_in_its_own_blocks(mixed: Variant, cache: Path) -> None:
-    pytest.importorskip("xllamacpp")
+    asked = engine("llamacpp", weight_dtype=Dtype.float16)
     from gguf import GGUFReader
 
-    engine = Llamacpp(**{**EXACT, "weight_dtype": Dtype.float16})
-    assert engine.supports(mixed) == Support("Q4_0 and Q8_0")
-    file = GGUFReader(engine.build(mixed, cache) / "model.gguf")
+    assert isinstance(asked, Llamacpp)
+    assert asked.supports(mixed) == Support("Q4_0 and Q8_0")
+    file = GGUFReader(asked.build(mixed, cache) / "model.gguf")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in file.tensors}
     assert [kinds[f"blk.{i}.{part}.weight"] for part in ("attn_q", "attn_output", "ffn_up") for i in (0, 1)] == [
         "Q4_0", "Q8_0", "Q4_0", "F16", "Q4_0", "Q4_0"
     ]  # fmt: skip
     assert (kinds["output.weight"], kinds["token_embd.weight"]) == ("Q8_0", "F16")
     model, prompts = load_network(mixed).eval(), [prompt(12, seed) for seed in range(12)]
-    with closing(engine.load(mixed, cache)) as session:
+    with closing(asked.load(mixed, cache)) as session:
         assert session.kernel.startswith("Q4_0 and Q8_0 (")
         assert session.arithmetic == "int8"
-        firsts = [ids(session.submit(Request(i, asked, 1))) for i, asked in enumerate(prompts)]
+        firsts = [ids(session.submit(Request(i, one, 1))) for i, one in enumerate(prompts)]
     # Activations are rounded to 8 bits on the way, so near ties may fall otherwise.
     assert sum(far_from_best(model, *pair) == 0 for pair in zip(prompts, firsts, strict=True)) >= 10
 
@@ -197,40 +192,33 @@ def tied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_an_embedding_of_integers_is_looked_up_and_multiplied_as_what_they_stand_for(
     tied: Variant, cache: Path, name: str
 ) -> None:
-    engine = ENGINES[name][0]
-    with closing(engine.load(tied, cache)) as session:
-        found = ids(session.submit(Request(0, prompt(20), 24)))
-    assert len(set(found)) > 3
-    assert far_from_best(load_network(tied).eval(), prompt(20), found) < 0.01
+    assert_answers_are_the_networks(name, tied, cache)
 
 
 def test_llama_cpp_reads_an_embedding_in_its_own_blocks(tied: Variant, cache: Path) -> None:
-    pytest.importorskip("xllamacpp")
+    asked, grid = engine("llamacpp"), grid_of(tied)
     from gguf import GGUFReader
 
-    engine, grid = Llamacpp(**EXACT), grid_of(tied)
+    assert isinstance(asked, Llamacpp)
     assert grid is not None
-    file = GGUFReader(engine.build(tied, cache) / "model.gguf")
+    file = GGUFReader(asked.build(tied, cache) / "model.gguf")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in file.tensors}
     assert kinds["token_embd.weight"] == {4: "Q4_0", 8: "Q8_0"}[grid.of("model.embed_tokens").bits]
     assert "output.weight" not in kinds
     model, prompts = load_network(tied).eval(), [prompt(12, seed) for seed in range(12)]
-    with closing(engine.load(tied, cache)) as session:
-        firsts = [ids(session.submit(Request(i, asked, 1))) for i, asked in enumerate(prompts)]
+    with closing(asked.load(tied, cache)) as session:
+        firsts = [ids(session.submit(Request(i, one, 1))) for i, one in enumerate(prompts)]
         read = session.weight_bytes_per_token
     assert sum(far_from_best(model, *pair) == 0 for pair in zip(prompts, firsts, strict=True)) >= 10
     assert read == Cost(llama.shape()).weight_bytes_per_token(Format.packed(grid))
 
 
-@pytest.mark.parametrize(
-    "engine", [Compiled(compile=False), Onnxruntime(), Openvino(), Transformers(), Vllm()], ids=lambda e: e.name
-)
-def test_engines_that_look_tokens_up_in_floats_refuse_an_embedding_of_integers(engine: Engine, tied: Variant) -> None:
-    if engine.name in NEEDS:
-        pytest.importorskip(NEEDS[engine.name])
+@pytest.mark.parametrize("name", ["compiled", "onnxruntime", "openvino", "transformers", "vllm"])
+def test_engines_that_look_tokens_up_in_floats_refuse_an_embedding_of_integers(name: str, tied: Variant) -> None:
+    asked = Vllm() if name == "vllm" else engine(name)  # which says it where it is not installed, too
     words = r"^it looks tokens up in a table of floats, got an embedding in int[48] group 32$"
-    assert re.match(words, str(engine.reads(tied).reason))
+    assert re.match(words, str(asked.reads(tied).reason))
 
 
 def test_every_engine_is_asked() -> None:
-    assert {*ENGINES, "llamacpp", "vllm"} == discover("engine").keys()
+    assert {*NATIVELY, "llamacpp", "vllm"} == discover("engine").keys()

@@ -1,4 +1,4 @@
-"""The native kernels against our own network: every family, every format, alone and side by side."""
+"""What only the engine `native` has; the rest is in `test_conformance` and `test_parity`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 from hasten.artifacts import Variant
 from hasten.compression.rtn import Rtn
-from hasten.compression.shared.quantiser import Scale
 from hasten.engine.base import Dtype, Request
 from hasten.engine.native import Native, NativeSession
 from hasten.engine.native import build as kernels
@@ -30,16 +29,14 @@ EXACT = {
     "kv_cache_dtype": Dtype.float32,
     "max_context": 256,
 }
-TOKENS = 24
-NEAR_TIE = 0.002  # two logits closer than this may change places: sums are in another order
 
 
 def session(variant: Variant, cache: Path, **options: Any) -> closing[NativeSession]:
     return closing(Native(**{**EXACT, **options}).load(variant, cache))
 
 
-def quantised(variant: Variant, bits: int, group_size: int, name: str = "", scale: Scale = Scale.nearest) -> Variant:
-    made = Rtn(bits=bits, group_size=group_size, scale=scale).compress(variant, None, 0)
+def quantised(variant: Variant, bits: int, group_size: int, name: str = "") -> Variant:
+    made = Rtn(bits=bits, group_size=group_size).compress(variant, None, 0)
     assert made.grid is not None
     folder = variant.path.with_name(name or f"int{bits}-{group_size}")
     manifest = {**variant.manifest, "name": folder.name, "grid": made.grid.describe()}

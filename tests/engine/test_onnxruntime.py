@@ -1,4 +1,4 @@
-"""ONNX Runtime's integers against ours, its answers against our own network's: every family, every grid."""
+"""What only the engine `onnxruntime` has; the rest is in `test_conformance` and `test_parity`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,6 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 EXACT = {"threads": 1, "activation_dtype": Dtype.float32, "max_context": 256}
-TOKENS = 24
-NEAR_TIE = 0.002  # two logits closer than this may change places: sums are in another order
-SHAPES = {**llama.CASES, "mistral-slides": llama.shape(sliding_window=8, head_size=32)}
 
 
 def session(variant: Variant, cache: Path, **options: Any) -> closing[OnnxruntimeSession]:

@@ -1,4 +1,4 @@
-"""OpenVINO against our own network: every family, every format, alone and side by side."""
+"""What only the engine `openvino` has; the rest is in `test_conformance` and `test_parity`."""
 
 from __future__ import annotations
 
@@ -42,8 +42,6 @@ EXACT: dict[str, Any] = {
     "kv_cache_dtype": Dtype.float32,
     "max_context": 256,
 }
-TOKENS = 24
-NEAR_TIE = 0.002  # two logits closer than this may change places: sums are in another order
 
 
 def session(variant: Variant, cache: Path, **options: Any) -> closing[OpenvinoSession]:

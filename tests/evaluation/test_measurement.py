@@ -104,6 +104,8 @@ def test_what_an_engine_rounds_by_itself_has_neither_the_variants_score_nor_its_
     record = measurement(replace(job, engine=Converting()), finished(), machine=MACHINE, predicted=PREDICTED)
     assert (record["converted"], record["bits_per_byte"], record["artifact_bytes"]) == (True, None, 900)
     assert record["why"]["bits_per_byte"].endswith(f"that {Converting().name} makes: not scored")
+    failed = measurement(replace(job, engine=Converting()), Outcome("failed", "x"), machine=MACHINE)
+    assert failed["why"]["artifact_bytes"] == f"{Converting().name} made none"
     plain = measurement(job, finished(), machine=MACHINE, predicted=PREDICTED)
     assert (plain["converted"], plain["bits_per_byte"]["en"], plain["artifact_bytes"]) == (False, 1.7, 77)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,17 @@ def test_a_champions_draft_comes_with_it_and_lies_beside_it(store: Path) -> None
     draft = engine.draft_of(load_checkpoint(found / "int4"))  # type: ignore[arg-type]
     assert draft is not None
     assert draft.hash == load_checkpoint(Path("artifacts/p/variants/shallow")).hash
+
+
+def test_a_champion_whose_draft_or_variant_is_gone_is_left_alone(store: Path) -> None:
+    name = trial("int4", 1)
+    path = Path(f"artifacts/p/measurements/{name}.json")
+    write_json(path, {**read_json(path), "draft": {"variant": "shallow"}})
+    assert register_champions(verdict(name)) == []
+    write_json(path, {key: value for key, value in read_json(path).items() if key != "draft"})
+    shutil.rmtree("artifacts/p/variants/int4")
+    assert register_champions(verdict(name)) == []
+    assert versions(store) == []
 
 
 @pytest.mark.usefixtures("store")

@@ -39,8 +39,8 @@ class Embedding(Compressor):
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Quantise the embedding. Raises `UserError` on a float parent, or one whose embedding is integers already."""
-        from hasten.model.grid import Grid, Grids, quantise, quantised_names
-        from hasten.model.huggingface import EMBEDDING, grid_of
+        from hasten.model.grid import Grid, Grids, grid_of, quantise, quantised_names
+        from hasten.model.huggingface import EMBEDDING
 
         tensors, before = parent.tensors(), grid_of(parent)
         if before is None:

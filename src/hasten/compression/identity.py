@@ -14,6 +14,6 @@ class Identity(Compressor):
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """The parent's own tensors."""
-        from hasten.model.huggingface import grid_of
+        from hasten.model.grid import grid_of
 
         return Compressed(parent.config, parent.tensors(), grid_of(parent))

@@ -47,21 +47,14 @@ def unsupported(checkpoint: Checkpoint, max_context: int | None = None) -> str |
     max_context: tokens that will ever be attended to; None means as many as the model was made for.
     """
     from hasten.model.config_json import from_huggingface
+    from hasten.model.grid import grid_of
 
     try:
         shape = from_huggingface(checkpoint.config)
-        grid = declared_grid(checkpoint)
+        grid = grid_of(checkpoint)
     except UserError as error:
         return str(error)
     return refusal(shape, max_context) or (every(grid, _supports_grid).reason if grid else None)
-
-
-def declared_grid(checkpoint: Checkpoint) -> Grid | Grids | None:
-    """As `hasten.model.huggingface.grid_of`, without torch: what is built already is loaded without it."""
-    from hasten.model.grid import read_grid
-
-    grid = checkpoint.manifest.get("grid")
-    return read_grid(grid) if grid else None
 
 
 def _supports_grid(grid: Grid) -> Support:
@@ -74,7 +67,7 @@ def _supports_grid(grid: Grid) -> Support:
 
 def format_name(grid: Grid | Grids | None, weight_dtype: Dtype) -> str:
     """The GGUF type of the matrices: `Q8_0`, `Q4_0`, `F32`, `F16` or `BF16`; `Q4_0 and Q8_0` if there are several."""
-    return every(grid, _supports_grid).native_format or "" if grid else FLOATS[weight_dtype]
+    return str(every(grid, _supports_grid).native_format) if grid else FLOATS[weight_dtype]
 
 
 def blocks(q: torch.Tensor, scale: torch.Tensor, bits: int) -> Bytes:
@@ -188,10 +181,10 @@ def write(
     import gguf
 
     from hasten.model.config_json import from_huggingface
-    from hasten.model.huggingface import grid_of
+    from hasten.model.grid import grid_of
 
     config = from_huggingface(checkpoint.config)
-    if reason := refusal(config, usable_context(config)):
+    if reason := unsupported(checkpoint, usable_context(config)):
         raise UserError(f"{checkpoint.path} cannot be written as GGUF: {reason}")
     size = config.vocab_size
     vocabulary = read_vocabulary(checkpoint.path, size) if text else id_vocabulary(size)

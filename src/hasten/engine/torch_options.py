@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hasten.config import environment
 from hasten.engine.base import Dtype, Engine
 from hasten.errors import UserError
 
@@ -43,12 +43,5 @@ def prepare(engine: Engine) -> None:
 def kept_in(folder: Path) -> Iterator[None]:
     """What torch compiles meanwhile is kept there, and found there."""
     folder.mkdir(parents=True, exist_ok=True)
-    before = os.environ.get(CACHE_VARIABLE)
-    os.environ[CACHE_VARIABLE] = str(folder.resolve())
-    try:
+    with environment({CACHE_VARIABLE: str(folder.resolve())}):
         yield
-    finally:
-        if before is None:
-            del os.environ[CACHE_VARIABLE]
-        else:
-            os.environ[CACHE_VARIABLE] = before

@@ -61,7 +61,8 @@ def measurement(
     why |= {f"memory.{name}": "the engine does not say" for name, value in outcome.memory.items() if value is None}
     size = outcome.memory.get("weights") if job.engine.converts else variant.weight_bytes
     if not size:
-        why["artifact_bytes"] = f"{variant.path.name} holds no safetensors file"
+        missing = f"{variant.path.name} holds no safetensors file"
+        why["artifact_bytes"] = f"{job.engine.name} made none" if job.engine.converts else missing
     if build is None:
         why["build"] = "no record of how this variant was made was given"
     agreed = None

@@ -24,6 +24,8 @@ from hasten.errors import UserError, one_of
 if TYPE_CHECKING:
     import torch
 
+    from hasten.artifacts import Checkpoint
+
 BITS = (4, 8)
 TYPES = ("int", "float")
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero
@@ -134,6 +136,15 @@ def read_grid(described: Mapping[str, Any]) -> Grid | Grids:
         grid = Grid(**{key: value for key, value in group.items() if key != "matrices"})
         found.update(dict.fromkeys(group["matrices"], grid))
     return Grids(found)
+
+
+def grid_of(checkpoint: Checkpoint) -> Grid | Grids | None:
+    """The grid, or those, that a checkpoint's manifest declares, or None for float weights.
+
+    Raises `UserError` for one that does not exist.
+    """
+    grid = checkpoint.manifest.get("grid")
+    return read_grid(grid) if grid else None
 
 
 def portable_scale(scale: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hasten.artifacts import SCHEMA, Checkpoint, Json, write_json
 from hasten.errors import UserError
-from hasten.model.grid import Grid, Grids, floats, read_grid
+from hasten.model.grid import floats, grid_of
 from hasten.model.network import Network
 from hasten.model.shape import build, read_shape
 from hasten.sources import licence_files
@@ -32,12 +32,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 EMBEDDING = "model.embed_tokens.weight"
-
-
-def grid_of(checkpoint: Checkpoint) -> Grid | Grids | None:
-    """The grid, or those, that a checkpoint's manifest declares, or None for float weights."""
-    grid = checkpoint.manifest.get("grid")
-    return read_grid(grid) if grid else None
 
 
 def finite(tensor: Tensor) -> bool:

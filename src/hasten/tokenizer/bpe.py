@@ -7,12 +7,11 @@ pattern), which llama.cpp knows as pre-tokenizer `smollm`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hasten.config import environment
 from hasten.corpus.text import uniform
 from hasten.errors import UserError
 from hasten.tokenizer.base import TokenizerRecipe, TrainingText, write_tokenizer
@@ -58,7 +57,8 @@ class Bpe(TokenizerRecipe):
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        with _one_thread():
+        # The library waits for all its threads after each merge: on a busy machine several are far slower than one.
+        with environment({"TOKENIZERS_PARALLELISM": "false"}):
             backend.train_from_iterator(self.sample(text), trainer)
         begin, end, padding = SPECIAL_TOKENS
         backend.post_processor = processors.TemplateProcessing(
@@ -80,18 +80,3 @@ class Bpe(TokenizerRecipe):
         for language, content in text.documents():
             if rates[language] >= 1 or uniform(content) < rates[language]:
                 yield content
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The library waits for all its threads after each merge: on a busy machine several are far slower than one."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

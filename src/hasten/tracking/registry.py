@@ -17,7 +17,7 @@ MAX_TOKENS = 64  # of an answer, where the caller asks for no other number (`par
 def register_champions(verdict_path: Path) -> list[str]:
     """Register every scenario's champion; the names of those that are new. The same champion is not registered twice.
 
-    A champion whose variant is no longer on disk is left alone.
+    A champion whose variant, or whose draft, is no longer on disk is left alone.
     """
     verdict = read_json(verdict_path)
     registered = []
@@ -26,8 +26,12 @@ def register_champions(verdict_path: Path) -> list[str]:
         measurement = Path("artifacts", verdict["plan"], "measurements", f"{trial}.json")
         if trial is None or not measurement.exists():
             continue
+        measured = read_json(measurement)
+        needed = [measured["variant"], *([draft["variant"]] if (draft := measured.get("draft")) else [])]
+        if not all(Path("artifacts", verdict["plan"], "variants", one).is_dir() for one in needed):
+            continue
         name = f"hasten-{verdict['plan']}-{scenario}"
-        if _register(name, verdict, entry, read_json(measurement)):
+        if _register(name, verdict, entry, measured):
             registered.append(name)
     return registered
 

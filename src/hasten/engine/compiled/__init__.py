@@ -78,7 +78,7 @@ class Compiled(Engine):
     def supports(self, variant: Variant) -> Support:
         from hasten.engine.compiled.matrices import supports_grid
         from hasten.model.config_json import from_huggingface
-        from hasten.model.huggingface import grid_of
+        from hasten.model.grid import grid_of
 
         if self.compile and shutil.which(os.environ.get("CXX") or "g++") is None:
             return Support(reason="engine compiled needs a C++ compiler (g++, or the one that CXX names)")

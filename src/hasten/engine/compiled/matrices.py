@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from hasten.artifacts import Checkpoint
 from hasten.engine.base import Support
 from hasten.errors import UserError
-from hasten.model.grid import Grid, Grids, integers
-from hasten.model.huggingface import grid_of
+from hasten.model.grid import Grid, Grids, grid_of, integers
 from hasten.model.shape import build, read_shape
 
 INT4_GROUPS = (32, 64, 128, 256)

@@ -46,13 +46,15 @@ class Eager(Engine):
         return self.weights if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
 
     def supports(self, variant: Variant) -> Support:
+        from hasten.model.grid import grid_of
         from hasten.model.shape import read_shape
 
         try:
             read_shape(variant.config)
+            grid = grid_of(variant)
         except UserError as error:
             return Support(reason=str(error))
-        if variant.manifest.get("grid"):
+        if grid:
             return Support(native_format=f"{self.weights.name} (dequantised)", native=False)
         return Support(native_format=self.weights.name)
 

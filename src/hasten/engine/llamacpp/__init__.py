@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hasten.artifacts import Json, Variant, read_json, write_json
 from hasten.engine import gguf
 from hasten.engine.base import Dtype, Engine, Request, Session, Support, built
-from hasten.engine.llamacpp.build import instructions, version
+from hasten.engine.llamacpp.build import instructions, own_build
 from hasten.engine.llamacpp.conversion import Conversion, Converter
 from hasten.engine.streaming import Flight, Stream
 from hasten.errors import UserError
@@ -88,7 +88,7 @@ class Llamacpp(Engine):
 
     @classmethod
     def versions(cls) -> dict[str, str | None]:
-        return {"xllamacpp": version()}
+        return {name: found and f"{found}{own_build()}" for name, found in super().versions().items()}
 
     @property
     def weights(self) -> Dtype:
@@ -106,6 +106,7 @@ class Llamacpp(Engine):
 
     def supports(self, variant: Variant) -> Support:
         from hasten.model.config_json import from_huggingface
+        from hasten.model.grid import grid_of
 
         missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
         if missing:
@@ -116,7 +117,7 @@ class Llamacpp(Engine):
         if self.kv_cache_dtype is Dtype.int8 and width % gguf.BLOCK:
             return Support(reason=f"a Q8_0 KV cache has a scale for every {gguf.BLOCK} values: the heads' width must "
                            f"be a multiple of it, got {width}")  # fmt: skip
-        kind = gguf.format_name(gguf.declared_grid(variant), self.weights)
+        kind = gguf.format_name(grid_of(variant), self.weights)
         if self.converts:
             if variant.manifest.get("grid"):
                 return Support(reason=f"engine.conversion={self.conversion.value} rounds floats, this lies on a grid")

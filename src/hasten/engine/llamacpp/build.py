@@ -24,14 +24,10 @@ def ready_made() -> bool:
     return not any(line.startswith("Tag: ") and "-linux_" in line for line in described.splitlines())
 
 
-def version() -> str | None:
-    """Of what is installed; None if nothing is."""
-    try:
-        found = metadata.version("xllamacpp")
-    except metadata.PackageNotFoundError:
-        return None
+def own_build() -> str:
+    """What a version is followed by: nothing for the wheel, else what its build computes with."""
     if ready_made():
-        return found
+        return ""
     import xllamacpp
 
-    return f"{found}, built here: {', '.join(instructions(str(xllamacpp.get_system_info())))}"
+    return f", built here: {', '.join(instructions(str(xllamacpp.get_system_info())))}"

@@ -118,15 +118,15 @@ class Native(Engine):
 
     def _supports(self, variant: Variant) -> Support:
         from hasten.model.config_json import from_huggingface
-        from hasten.model.huggingface import grid_of
+        from hasten.model.grid import grid_of
 
         if kernels.compiler() is None:
             return Support(reason="engine native needs a C++ compiler (g++ or clang++, or the one that CXX names)")
         try:
             from_huggingface(variant.config)
+            grid = grid_of(variant)
         except UserError as error:
             return Support(reason=str(error))
-        grid = grid_of(variant)
         if grid is None:
             return Support(native_format=self.weights.name)
         if reason := apart(grid):
@@ -195,7 +195,8 @@ def pack(variant: Variant, dtype: Dtype, folder: Path) -> None:
 
     from hasten.engine.native.layout import Packed, Packer, packed_tensors
     from hasten.model.config_json import from_huggingface
-    from hasten.model.huggingface import checked_tensors, grid_of
+    from hasten.model.grid import grid_of
+    from hasten.model.huggingface import checked_tensors
 
     packer = Packer(checked_tensors(variant), grid_of(variant), getattr(torch, dtype.name))
     places: dict[str, Json] = {}

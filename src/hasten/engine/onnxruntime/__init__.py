@@ -69,19 +69,18 @@ class Onnxruntime(Engine):
             raise UserError(f"engine.slots must be 1 to 256, got {self.slots}")
 
     def supports(self, variant: Variant) -> Support:
-        from hasten.model.huggingface import grid_of
+        from hasten.model.grid import grid_of
         from hasten.model.low_rank_config import decoder_shape
 
         missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
         if missing:
             return Support(reason=f'{missing[0]} is not installed: pip install "hasten[onnxruntime]"')
         try:
-            shape = decoder_shape(variant.config)
+            shape, grid = decoder_shape(variant.config), grid_of(variant)
         except UserError as error:
             return Support(reason=str(error))
         if shape.head_width % 16:
             return Support(reason=f"GroupQueryAttention turns heads of a multiple of 16 values, got {shape.head_width}")
-        grid = grid_of(variant)
         if reason := table(grid):
             return Support(reason=reason)
         return every(grid, self._supports_grid) if grid else Support(native_format="float32")
@@ -105,7 +104,8 @@ class Onnxruntime(Engine):
     def build(self, variant: Variant, cache: Path) -> Path:
         """The folder that holds the graph, its weights and their facts; written once, then found again."""
         from hasten.engine.onnxruntime import graph
-        from hasten.model.huggingface import checked_tensors, grid_of
+        from hasten.model.grid import grid_of
+        from hasten.model.huggingface import checked_tensors
         from hasten.model.low_rank_config import decoder_shape
 
         arithmetic = self.arithmetic(variant)
@@ -119,11 +119,12 @@ class Onnxruntime(Engine):
         return built(cache / "onnxruntime" / f"{variant.hash}-{arithmetic}-{graph.FORMAT}", make)
 
     def load(self, variant: Variant, cache: Path) -> OnnxruntimeSession:
-        from hasten.model.huggingface import grid_of
+        from hasten.model.grid import grid_of
 
-        support, grid = self.supports(variant), grid_of(variant)
+        support = self.supports(variant)
         if not support:
             raise UserError(f"onnxruntime cannot run {variant.path.name}: {support.reason}")
+        grid = grid_of(variant)
         rounding = grid.kinds if grid and self.arithmetic(variant) == "int8" else ()
         if not all(rounds_activations(kind.bits) for kind in rounding):
             raise UserError("onnxruntime has no integer kernels for this processor, it would dequantise in every pass")

@@ -100,7 +100,7 @@ class Openvino(Engine):
         return self.activation_group if rounds else 0
 
     def supports(self, variant: Variant) -> Support:
-        from hasten.model.huggingface import grid_of
+        from hasten.model.grid import grid_of
         from hasten.model.low_rank_config import decoder_shape
 
         if importlib.util.find_spec("openvino") is None:
@@ -108,10 +108,9 @@ class Openvino(Engine):
         if not metadata.version("openvino").startswith(f"{RELEASE}."):
             return Support(reason=f"its graph is made for OpenVINO {RELEASE}, got {metadata.version('openvino')}")
         try:
-            shape = decoder_shape(variant.config)
+            shape, grid = decoder_shape(variant.config), grid_of(variant)
         except UserError as error:
             return Support(reason=str(error))
-        grid = grid_of(variant)
         if self.activation_dtype is Dtype.bfloat16 and not has_bfloat16():
             return Support(reason="this processor has no bfloat16: activation_dtype must be auto or float32")
         if not grid and self.activations(grid) is not self.weights:
@@ -170,7 +169,7 @@ class OpenvinoSession(Session):
 
     def __init__(self, engine: Openvino, variant: Variant) -> None:
         from hasten.engine.openvino.passes import Pass, Sequence
-        from hasten.model.huggingface import grid_of
+        from hasten.model.grid import grid_of
         from hasten.model.low_rank_config import decoder_shape
 
         start = time.perf_counter()

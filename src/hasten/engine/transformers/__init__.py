@@ -50,22 +50,26 @@ class Transformers(Engine):
 
     def supports(self, variant: Variant) -> Support:
         from hasten.model.config_json import from_huggingface
-        from hasten.model.huggingface import grid_of
+        from hasten.model.grid import grid_of
 
         try:
             from_huggingface(variant.config)
+            grid = grid_of(variant)
         except UserError as error:
             return Support(reason=str(error))
-        if reason := table(grid_of(variant)):  # its reader makes no tied head of packed embeddings
+        if reason := table(grid):  # its reader makes no tied head of packed embeddings
             return Support(reason=reason)
-        if variant.manifest.get("grid"):
+        if grid:
             return Support(native_format=f"{self.weights.name} (dequantised)", native=False)
         return Support(native_format=self.weights.name)
 
     def load(self, variant: Variant, cache: Path) -> TransformersSession:
+        from hasten.model.huggingface import checked_tensors
+
         support = self.supports(variant)
         if not support:
             raise UserError(f"transformers cannot run {variant.path.name}: {support.reason}")
+        checked_tensors(variant)  # its reader fills what is missing with numbers of its own
         prepare(self)
         with kept_in(cache / "transformers") if self.compile else nullcontext():
             return TransformersSession(self, variant, str(support.native_format))

@@ -22,14 +22,15 @@ import os
 import re
 import threading
 import time
-from collections.abc import Coroutine, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hasten.artifacts import Json, Variant
+from hasten.config import environment
 from hasten.engine.base import Dtype, Engine, Parallel, Request, Session, Support
 from hasten.engine.grids import apart, every, table
 from hasten.engine.streaming import HAND_OVER_SECONDS, Flight, Stream
@@ -98,7 +99,7 @@ class Vllm(Engine):
 
     def reads(self, variant: Variant) -> Support:
         from hasten.model.config_json import from_huggingface
-        from hasten.model.huggingface import grid_of
+        from hasten.model.grid import grid_of
 
         try:
             shape, grid = from_huggingface(variant.config), grid_of(variant)
@@ -198,28 +199,13 @@ def visible(devices: list[str]) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[number] for number in numbers)}
 
 
-@contextmanager
-def environment(changes: dict[str, str]) -> Iterator[None]:
-    """Variables that the processes started meanwhile inherit."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 class VllmSession(Session):
     """A running engine, on an event loop in a thread of its own. `submit` may be called from several threads."""
 
     def __init__(self, engine: Vllm, variant: Variant, native_format: str) -> None:
         from hasten.model.config_json import from_huggingface
         from hasten.model.cost import cost_of
-        from hasten.model.huggingface import grid_of
+        from hasten.model.grid import grid_of
 
         start = time.perf_counter()
         config, arguments = from_huggingface(variant.config), engine.arguments(variant)
