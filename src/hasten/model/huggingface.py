@@ -71,9 +71,10 @@ def load_network(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, 
 def checked_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """A checkpoint's tensors as they are stored, floats and integers.
 
-    Raises `UserError` where one is missing, of another shape than `config.json` says, or not finite.
+    Raises `UserError` where one is missing, of another shape than `config.json` says, not finite, or nobody's.
     """
     tensors = checkpoint.tensors()
+    others = {*tensors}
     with torch.device("meta"):
         model = build(read_shape(checkpoint.config))
     for name, value in model.state_dict().items():
@@ -90,6 +91,9 @@ def checked_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
             )
         if not finite(found):
             raise UserError(f"{checkpoint.path}: {name} holds NaN or infinite values")
+        others -= {name, *(f"{name}_{part}" for part in ("packed", "scale", "shape"))}
+    if others:
+        raise UserError(f"{checkpoint.path}: tensors do not fit config.json: {', '.join(sorted(others)[:3])}")
     return tensors
 
 

@@ -138,9 +138,7 @@ class Packer:
 
     def vector(self, name: str) -> Tensor:
         """A norm's weight or a bias, float32."""
-        if name not in self.tensors:
-            raise UserError(f"model.safetensors lacks {name}")
-        return finite(name, self.tensors[name].float())
+        return self.tensors[name].float()
 
     def matrix(self, *names: str, in_turns: bool = False) -> Packed:
         """Matrices with the same input as one: below each other, or block by block in turns."""
@@ -182,8 +180,7 @@ class Packer:
         if f"{name}.weight_packed" in self.tensors:
             if self.grid is None:
                 raise UserError("the checkpoint stores integers but its manifest declares no grid")
-            q, scale = integers(self.tensors, name, self.grid)
-            return q, finite(name, scale)
+            return integers(self.tensors, name, self.grid)
         return self.vector(f"{name}.weight").to(self.dtype), None
 
     def pack(self, name: str, values: Tensor, scale: Tensor | None, bias: Tensor) -> Packed:
@@ -204,12 +201,6 @@ class Packer:
 def turns(parts: list[Tensor]) -> Tensor:
     """Blocks of the first, the second, the first, ..."""
     return torch.stack(parts, dim=1).flatten(0, 1)
-
-
-def finite(name: str, values: Tensor) -> Tensor:
-    if not bool(torch.isfinite(values).all()):
-        raise UserError(f"{name} holds NaN or infinite values")
-    return values
 
 
 def packed_tensors(packer: Packer, config: ModelConfig) -> dict[str, Packed | Tensor]:
