@@ -3,7 +3,7 @@
 OpenVINO's CPU plugin finds patterns and puts one node in their place; what is found decides how fast a graph runs, so
 this one is written in patterns. A quantised matrix is a constant of integers, (rows, groups, group), converted,
 multiplied by its scales and reshaped: a product with compressed weights, which reads 4 or 8 bits per weight. RMSNorm
-and rotary positions (the halves of a head split along axis 3, the right one negated) become a node each. Matrices that
+and rotary positions (the halves of a head split along axis 3, the right one negated) become a node each. Matrices of integers that
 read the same values (queries, keys and values; gate and up) lie below each other and are one product.
 
 Attention is PagedAttention (Kwon et al. 2023, arXiv:2309.06180): the tokens of all sequences of a pass lie behind each
@@ -147,8 +147,12 @@ class Graph:
         return self.products(x, {name: rows}, columns)[0]
 
     def linears(self, x: Node, parts: dict[str, int], columns: int) -> list[Node]:
-        """x (..., columns) -> (..., rows) for each name and its rows, by one product where they are stored alike."""
-        if len({self.layout(name) for name in parts}) == 1 and not parts.keys() & ranks(self.config).keys():
+        """x (..., columns) -> (..., rows) for each name and its rows, by one product where integers lie on one grid.
+
+        Floats stay apart: joined, bfloat16 decodes at 60% of the speed (2026.4.1).
+        """
+        kinds = {self.layout(name) for name in parts}
+        if len(kinds) == 1 and None not in kinds and not parts.keys() & ranks(self.config).keys():
             return self.products(x, parts, columns)
         return [self.linear(x, name, rows, columns) for name, rows in parts.items()]
 
