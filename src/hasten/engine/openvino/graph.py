@@ -3,8 +3,8 @@
 OpenVINO's CPU plugin finds patterns and puts one node in their place; what is found decides how fast a graph runs, so
 this one is written in patterns. A quantised matrix is a constant of integers, (rows, groups, group), converted,
 multiplied by its scales and reshaped: a product with compressed weights, which reads 4 or 8 bits per weight. RMSNorm
-and rotary positions (the halves of a head split along axis 3, the right one negated) become a node each. Matrices of integers that
-read the same values (queries, keys and values; gate and up) lie below each other and are one product.
+and rotary positions (the halves of a head split along axis 3, the right one negated) become a node each. Matrices of
+integers that read the same values (queries, keys and values; gate and up) lie below each other and are one product.
 
 Attention is PagedAttention (Kwon et al. 2023, arXiv:2309.06180): the tokens of all sequences of a pass lie behind each
 other, keys and values in blocks of 32 positions, and a table says which blocks are whose. It is the operation that
