@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from hasten.artifacts import Variant
 from hasten.engine.base import Dtype, Request
-from hasten.engine.compiled import Compiled, CompiledSession, passes
-from hasten.engine.compiled.matrices import INT4_GROUPS, Int4, Int8, summed, unsupported
+from hasten.engine.compiled import ROUNDED, VNNI, Compiled, CompiledSession, passes
+from hasten.engine.compiled.matrices import INT4_GROUPS, Int4, Int8, rounded, summed, unsupported
 from hasten.engine.streaming import Flight
 from hasten.engine.torch_options import CACHE_VARIABLE
 from hasten.errors import UserError
+from hasten.hardware import cpu_flags
 from hasten.model.config import ModelConfig
 from hasten.model.cost import cost_of
 from hasten.model.grid import Grid, dequantise, portable_scale
@@ -27,9 +28,11 @@ from hasten.model.huggingface import load_network
 from tests.engine import llama
 from tests.engine.llama import far_from_best, ids, prompt
 
-EXACT: dict[str, Any] = {"threads": 1, "weight_dtype": Dtype.float32, "max_context": 96}
+FLOAT = Dtype.float32
+EXACT: dict[str, Any] = {"threads": 1, "weight_dtype": FLOAT, "activation_dtype": FLOAT, "max_context": 96}
 PLAIN: dict[str, Any] = {**EXACT, "compile": False}
 NEAR_TIE = 0.01
+needs_vnni = pytest.mark.skipif(VNNI.isdisjoint(cpu_flags()), reason="rounds activations only where there is VNNI")
 GRIDS = {"float": None, "int8": Grid(8, 0), "int4-32": Grid(4, 32), "int4-64": Grid(4, 64)}
 
 
@@ -84,6 +87,62 @@ def test_products_are_those_of_the_dequantised_matrix(grid: Grid, dtype: torch.d
     for rows in (5, 1):
         error = (matrix(x[:rows]).double() - exact[:rows]).abs().max() / exact.abs().max()
         assert error < (1e-6 if dtype is torch.float32 else 2**-8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tokens=st.integers(1, 20),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 300),
+    biased=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_rounded_activations_are_multiplied_as_float64_would(
+    tokens: int, rows: int, columns: int, biased: bool, seed: int
+) -> None:
+    """To the nearest of 127 steps of a token's largest; then exactly, but for scales and sums in float32."""
+    q, scale = random_integers(rows, columns, Grid(8, 0), seed)
+    generator = torch.Generator().manual_seed(seed)
+    x, bias = torch.randn(tokens, columns, generator=generator), torch.randn(rows, generator=generator)
+    x[0] *= 1e4  # one token's scale is no other's
+    x[-1] *= seed % 3  # nor need a token be anything but zeros
+    integers, steps = rounded(x)
+    largest = x.double().abs().amax(-1, keepdim=True)
+    near = integers.double() * steps.double()
+    assert torch.allclose(steps.double(), largest / 127, rtol=1e-6, atol=1e-30)
+    assert bool(((near - x).abs() <= largest / 127 * 0.50001).all())
+    assert integers.dtype is torch.int8
+    found = Int8(q, scale, bias if biased else None, torch.float32, rounds=True)(x).double()
+    terms = near @ dequantise(q, scale).double().T, bias.double() if biased else torch.zeros(rows).double()
+    assert bool(((found - sum(terms)).abs() <= 1e-6 * (terms[0].abs() + terms[1].abs()) + 1e-30).all())
+
+
+@needs_vnni
+def test_rounding_is_what_auto_means_and_is_recorded(tmp_path: Path) -> None:
+    variant = made(tmp_path / "v", llama.shape(qkv_bias=True, output_bias=True), Grid(8, 0))
+    network = load_network(variant).eval()
+    prompts = [prompt(20, seed) for seed in range(20)]
+    with opened(variant, tmp_path, **{**PLAIN, "activation_dtype": Dtype.auto}) as session:
+        assert session.kernel == f"int8 per channel, {ROUNDED}"
+        assert session.arithmetic == "int8"
+        firsts = [ids(session.submit(Request(i, asked, 1))) for i, asked in enumerate(prompts)]
+    assert sum(far_from_best(network, *pair) == 0 for pair in zip(prompts, firsts, strict=True)) >= 16
+
+
+def test_nothing_is_rounded_where_nothing_multiplies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**PLAIN, "activation_dtype": Dtype.auto}
+    with opened(made(tmp_path / "v", llama.shape(), Grid(4, 32)), tmp_path, **options) as session:
+        assert (session.kernel, session.arithmetic) == ("int4 group 32", "float32")
+    assert not Compiled(devices=["cuda:0"]).rounds
+    monkeypatch.setattr("hasten.engine.compiled.cpu_flags", lambda: ["avx2"])
+    assert Compiled(weight_dtype=Dtype.bfloat16).describe()["activation_dtype"] == "bfloat16"
+    with opened(made(tmp_path / "w", llama.shape(), Grid(8, 0)), tmp_path, **options) as session:
+        assert (session.kernel, session.arithmetic) == ("int8 per channel", "float32")
+        assert ids(session.submit(Request(0, prompt(9), 4)))
+    with pytest.raises(
+        UserError, match=r"engine\.activation_dtype must be auto or a float, integers are the variant's"
+    ):
+        Compiled(activation_dtype=Dtype.int8)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 10])
@@ -169,7 +228,8 @@ def test_every_precision_generates_and_costs_the_bytes_it_says(
     used = Dtype.bfloat16 if weights is Dtype.auto else weights
     size, kv_size = (4 if kind is Dtype.float32 else 2 for kind in (used, used if kv_cache is Dtype.auto else kv_cache))
     cost = cost_of(config)
-    with opened(variant, tmp_path, **{**PLAIN, "weight_dtype": weights}, kv_cache_dtype=kv_cache) as session:
+    types = {"weight_dtype": weights, "activation_dtype": weights, "kv_cache_dtype": kv_cache}
+    with opened(variant, tmp_path, **{**PLAIN, **types}) as session:
         assert len(ids(session.submit(Request(0, prompt(20), 6)))) == 6
         assert session.arithmetic == used.name
         assert session.kv_bytes_per_position == cost.kv_bytes(1, kv_size)

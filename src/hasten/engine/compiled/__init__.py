@@ -31,6 +31,7 @@ from hasten.engine.grids import apart, every, table
 from hasten.engine.streaming import Flight, Stream
 from hasten.engine.torch_options import check_device, check_follows, kept_in, prepare
 from hasten.errors import UserError
+from hasten.hardware import cpu_flags
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,13 +39,18 @@ if TYPE_CHECKING:
     from hasten.engine.compiled.network import Network
 
 LARGEST_CHUNK = 4096
+VNNI = {"avx512_vnni", "avx_vnni"}
+"""Processors with one of these sum products of 8-bit integers in 32 bits; others in 16, where sums overflow."""
+ROUNDED = "int8 activations per token"
 
 
 @dataclass
 class Compiled(Engine):
-    """weight_dtype auto is bfloat16; activations are of its type, also where the matrices are integers. kv_cache_dtype
-    auto follows the activations; attention is computed in its type.
+    """weight_dtype auto is bfloat16; activations are of its type. kv_cache_dtype auto follows it; attention is computed
+    in the cache's type.
 
+    activation_dtype: auto rounds each token to 8 bits before a product with 8 bits per channel, where the processor
+    multiplies those (VNNI); the weights' type rounds nothing, for comparing answers.
     chunks: how many tokens of a prompt are read in one pass, the sizes there are; each is a graph to compile. compile:
     false leaves the same network to Python, for comparing answers.
     """
@@ -74,6 +80,11 @@ class Compiled(Engine):
     def kv_cache(self) -> Dtype:
         """The KV cache's type with `auto` resolved."""
         return self.weights if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
+
+    @property
+    def rounds(self) -> bool:
+        """Whether activations are rounded to 8 bits before matrices of int8."""
+        return self.activation_dtype is Dtype.auto and self.devices == ["cpu"] and not VNNI.isdisjoint(cpu_flags())
 
     def supports(self, variant: Variant) -> Support:
         from hasten.engine.compiled.matrices import supports_grid
@@ -105,7 +116,8 @@ class Compiled(Engine):
         return CompiledSession(self, variant, cache / "compiled", str(support.native_format))
 
     def describe(self) -> Json:
-        used = dict.fromkeys(("weight_dtype", "activation_dtype"), self.weights.name)
+        activations = self.activation_dtype if self.rounds else self.weights
+        used = {"weight_dtype": self.weights.name, "activation_dtype": activations.name}
         own = {"kv_cache_dtype": self.kv_cache.name, "chunks": list(self.chunks), "compile": self.compile}
         return {**super().describe(), **used, **own}
 
@@ -126,9 +138,11 @@ class CompiledSession(Session):
         self.chunks = [size for size in engine.chunks if size <= self.context] or engine.chunks[:1]
         dtype, kv_dtype = (getattr(torch, kind.name) for kind in (engine.weights, engine.kv_cache))
         length = self.context + self.chunks[0]  # the last chunk of a prompt may be padded
-        stored = Stored(variant, dtype)
+        stored = Stored(variant, dtype, engine.rounds)
         self.network = Network(self.config, stored, length, kv_dtype).eval().to(engine.devices[0])
-        self.kernel, self.arithmetic = f"{kernel}{', compiled' if engine.compile else ''}", engine.weights.name
+        share = self.network.rounded_share
+        self.kernel = ", ".join([kernel, *[ROUNDED] * (share > 0), *["compiled"] * engine.compile])
+        self.arithmetic = "int8" if share > 0.5 else engine.weights.name
         self.weight_bytes_per_token = self.network.weight_bytes_per_token
         self.kv_bytes_per_position = self.network.cache_bytes // length
         self.places = torch.arange(length, device=engine.devices[0])

@@ -5,6 +5,9 @@ int8 per channel: `aten._weight_int8pack_mm` reads q (R, C) as it is and a scale
 and a zero for each group: w = (u - 8) * scale + zero. A symmetric grid has zero = 0 and scales are exact in 16 bits, so
 both multiply with exactly `hasten.model.grid.dequantise`; nothing is rounded but sums.
 
+Where activations may be rounded, those before int8 matrices are: each token to 8 bits, with a scale of its own. Then
+`aten._int_mm` (oneDNN) sums products of integers in 32 bits, exactly, and both scales come after.
+
 Matrices with the same input become one, below each other: one product instead of three, one reading of the input.
 Shapes: R rows (outputs), C columns (inputs).
 """
@@ -25,7 +28,8 @@ INT4_GROUPS = (32, 64, 128, 256)
 INT4_ROWS = 16
 """torch packs this many rows together."""
 INT8_COLUMNS = 16
-"""torch reads this many at once, also where a row ends before: a wrong sum (torch 2.13), or the end of the process."""
+"""torch reads this many at once, also where a row ends before: a wrong sum (torch 2.13), or the end of the process.
+`_int_mm` writes no result where there is one column."""
 
 TOGETHER = 4
 """Rows that one loop sums at a time."""
@@ -63,17 +67,20 @@ class Float(nn.Module):
 
 
 class Int8(nn.Module):
-    """As `Float`, of q (R, C) int8 and a scale (R, 1) for each row. dtype: of the activations."""
+    """As `Float`, of q (R, C) int8 and a scale (R, 1) for each row. dtype: of the activations. rounds: to 8 bits."""
 
-    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, rounds: bool = False) -> None:
         super().__init__()
-        self.missing = -q.shape[1] % INT8_COLUMNS
+        self.rounds, self.missing = rounds, -q.shape[1] % INT8_COLUMNS
         self.q, self.scale = fixed(F.pad(q, (0, self.missing))), fixed(exact(scale.flatten(), dtype))
         self.bias = None if bias is None else fixed(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, self.missing)) if self.missing else x
-        if alone(x):
+        if self.rounds:
+            q, step = rounded(x)
+            y = (torch._int_mm(q, self.q.t()).float() * step * self.scale.float()).to(x.dtype)
+        elif alone(x):
             y = (summed(self.q, x) * self.scale.float()).to(x.dtype)
         else:
             y = torch.ops.aten._weight_int8pack_mm(x, self.q, self.scale)
@@ -96,6 +103,13 @@ class Int4(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, self.group, self.scales)[:, : self.rows]
         return y if self.bias is None else y + self.bias
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (T, C) -> integers of -127 to 127 (T, C) int8 and their scales (T, 1) float32, to nearest, ties to even."""
+    x = x.float()
+    step = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
+    return (x / step).round().to(torch.int8), step
 
 
 def alone(x: Tensor) -> bool:
@@ -131,11 +145,13 @@ def exact(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 class Stored:
     """A variant's tensors by their names in the checkpoint, held against its config. dtype: of those that are floats.
+    rounds: activations, before matrices of int8.
 
     Raises `UserError` where a tensor is missing, of another shape than the config says, or not finite.
     """
 
-    def __init__(self, variant: Checkpoint, dtype: torch.dtype) -> None:
+    def __init__(self, variant: Checkpoint, dtype: torch.dtype, rounds: bool = False) -> None:
+        self.rounds = rounds
         with torch.device("meta"):
             model = build(read_shape(variant.config))
         self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -166,7 +182,9 @@ class Stored:
             raise UserError(f"{self.path}: the checkpoint stores integers but its manifest declares no grid")
         parts = [self.integers(name, self.grid) for name in names]
         q, scale = (torch.cat(values) for values in zip(*parts, strict=True))
-        return (Int8 if self.grid.of(names[0]).bits == 8 else Int4)(q, scale, bias, self.dtype)
+        if self.grid.of(names[0]).bits == 8:
+            return Int8(q, scale, bias, self.dtype, self.rounds)
+        return Int4(q, scale, bias, self.dtype)
 
     def integers(self, name: str, grid: Grid | Grids) -> tuple[Tensor, Tensor]:
         """q (R, C) int8 and its scales (R, groups)."""
