@@ -54,7 +54,7 @@ def opened(variant: Variant, cache: Path, **options: Any) -> closing[CompiledSes
 @pytest.mark.parametrize(
     ("grid", "kernel"),
     [
-        pytest.param(Grid(8, 0), "int8 per channel, int8 activations per token", marks=needs_vnni),
+        pytest.param(Grid(8, 0), "int8 per channel, int8 activations per token of a prompt", marks=needs_vnni),
         pytest.param(Grid(4, 32), "int4 group 32, int8 activations per 32 (", marks=[needs_vnni, needs_compiler]),
         pytest.param(Grid(4, 0), "int4 per channel, int8 activations per 32 (", marks=needs_compiler),
         pytest.param(Grid(8, 32), "int8 group 32, int8 activations per 32 (", marks=needs_compiler),

@@ -51,9 +51,9 @@ class Compiled(Engine):
     """weight_dtype auto is bfloat16; activations are of its type. kv_cache_dtype auto follows it; attention is computed
     in the cache's type.
 
-    activation_dtype: auto rounds to 8 bits before a product with integers, each token with a scale where they are 8
-    bits per channel, and with one for every 32 values elsewhere; the weights' type rounds nothing, for comparing
-    answers.
+    activation_dtype: auto rounds to 8 bits before a product with integers: with 8 bits per channel a prompt's, a scale
+    for each token, with others every token's, a scale for every 32 values; the weights' type rounds nothing, for
+    comparing answers.
     chunks: how many tokens of a prompt are read in one pass, the sizes there are; each is a graph to compile. compile:
     false leaves the same network to Python, for comparing answers.
     """

@@ -55,7 +55,7 @@ class Product(Enum):
     """How integers are multiplied, and what is said of it where activations are rounded."""
 
     widened = "as floats, by torch's kernels"
-    rounded = "int8 activations per token"
+    rounded = "int8 activations per token of a prompt"
     packed = "int8 activations per 32"
 
 
