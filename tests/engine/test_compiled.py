@@ -188,9 +188,11 @@ def test_the_cache_may_be_narrower_than_the_arithmetic(tmp_path: Path) -> None:
     assert 0 < far_from_best(load_network(variant).eval(), prompt(30), found) + 1e-9 < 1
 
 
-def test_logits_that_are_not_finite_are_an_error_and_leave_nothing_behind(tmp_path: Path) -> None:
-    variant = llama.variant(tmp_path / "v", llama.shape())
-    with opened(variant, tmp_path, **PLAIN) as session:
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_logits_that_are_not_finite_are_an_error_and_leave_nothing_behind(tmp_path: Path, grid: Grid | None) -> None:
+    """Nor does rounding hide them."""
+    variant = made(tmp_path / "v", llama.shape(), grid)
+    with opened(variant, tmp_path, **{**PLAIN, "activation_dtype": Dtype.auto}) as session:
         expected = ids(session.submit(Request(0, prompt(9), 12)))
         weight = session.network.blocks()[0].before_attention.weight
         kept = weight.clone()

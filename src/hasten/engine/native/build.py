@@ -47,7 +47,7 @@ def product(cache: Path) -> ctypes.CDLL:
     int32, pointer = ctypes.c_int32, ctypes.c_void_p
     loaded.hasten_kernels.restype, loaded.hasten_kernels.argtypes = ctypes.c_char_p, []
     loaded.hasten_multiply.restype = None
-    matrix = [*[int32] * 4, pointer, pointer]
+    matrix: list[type] = [*[int32] * 4, pointer, pointer]
     loaded.hasten_multiply.argtypes = [*matrix, pointer, int32, int32, pointer, int32]
     return loaded
 
