@@ -142,7 +142,11 @@ class Compiled(Engine):
 
 
 class CompiledSession(Session):
-    """One request at a time, on a thread of its own, which is also the one that compiles."""
+    """One request at a time, on a thread of its own, which is also the one that loads and compiles.
+
+    OpenMP keeps helpers for each thread that computes, and where it counts more of them than cores they sleep between
+    two loops instead of waiting for the next: so nothing here computes on a second one.
+    """
 
     def __init__(self, engine: Compiled, variant: Variant, cache: Path, kernel: str) -> None:
         import torch
@@ -157,8 +161,13 @@ class CompiledSession(Session):
         self.chunks = [size for size in engine.chunks if size <= self.context] or engine.chunks[:1]
         dtype, kv_dtype = (getattr(torch, kind.name) for kind in (engine.weights, engine.kv_cache))
         length = self.context + self.chunks[0]  # the last chunk of a prompt may be padded
-        stored = Stored(variant, dtype, engine.product)
-        self.network = Network(self.config, stored, length, kv_dtype).eval().to(engine.devices[0])
+
+        def network() -> Network:
+            stored = Stored(variant, dtype, engine.product)
+            return Network(self.config, stored, length, kv_dtype).eval().to(engine.devices[0])
+
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="compiled")
+        self.network = self._worker.submit(network).result()
         self.load_seconds = time.perf_counter() - start
         rounding = self._rounding(cache)
         self.kernel = ", ".join([kernel, *rounding, *["compiled"] * engine.compile])
@@ -170,7 +179,6 @@ class CompiledSession(Session):
         self.choose: Callable[..., Any] = self.network.choose
         self.read: dict[int, Callable[..., Any]] = dict.fromkeys(self.chunks, self.network.read)
         self._flights: set[Flight] = set()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="compiled")
         if engine.compile:
             with kept_in(cache / "compiled"):
                 self._worker.submit(self._compile).result()
