@@ -16,11 +16,9 @@ from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
 from hasten.compression.shared.calibration import Calibrate, counted, draw
 from hasten.compression.vocabulary import Vocabulary
-from hasten.engine.base import Dtype, Engine, Request
+from hasten.engine.base import Request
 from hasten.engine.eager import Eager
 from hasten.engine.gguf_vocabulary import read_vocabulary
-from hasten.engine.native import Native
-from hasten.engine.native.build import compiler
 from hasten.errors import UserError
 from hasten.evaluation import bits_per_byte as scoring
 from hasten.evaluation.bits_per_byte import BitsPerByte
@@ -34,6 +32,7 @@ from hasten.tokenizer.base import load_tokenizer
 from hasten.tokenizer.translating import translation
 from tests.compression.plans import ITEMS, write_plan
 from tests.engine import llama
+from tests.engine.engines import ENGINES, opened
 from tests.tiny import lstm, write_checkpoint, write_variant
 
 EXACT: dict[str, Any] = {"threads": 1, "max_context": 256}
@@ -144,15 +143,6 @@ def test_dropping_tokens_changes_no_logit_of_those_that_stay(study: Study) -> No
         torch.testing.assert_close(after(places), before(kept[places])[:, :, kept], rtol=0, atol=1e-5)
 
 
-def engines() -> list[Any]:
-    pytest.importorskip("xllamacpp")
-    from hasten.engine.llamacpp import Llamacpp
-
-    exact = {"weight_dtype": Dtype.float32, "kv_cache_dtype": Dtype.float32, **EXACT}
-    found: list[Engine] = [Eager(**EXACT), Llamacpp(**exact)]
-    return found + ([Native(activation_dtype=Dtype.float32, **exact)] if compiler() else [])
-
-
 def greedy(variant: Checkpoint, prompt: tuple[int, ...], tokens: int) -> list[int]:
     model, ids = load_network(variant).eval(), list(prompt)
     with torch.inference_mode():
@@ -161,16 +151,21 @@ def greedy(variant: Checkpoint, prompt: tuple[int, ...], tokens: int) -> list[in
     return ids[len(prompt) :]
 
 
-def test_every_engine_runs_it_and_its_integers(study: Study, tmp_path: Path, cache: Path) -> None:
-    child, _ = make_variant(Rtn(bits=4), study.made, None, name="small-int4", target=tmp_path / "child", seed=0)
+@pytest.fixture(scope="module")
+def integers(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Variant:
+    target = tmp_path_factory.mktemp("integers") / "child"
+    child, _ = make_variant(Rtn(bits=4), study.made, None, name="small-int4", target=target, seed=0)
     assert child.lineage == ["baseline", "small", "small-int4"]
+    return child
+
+
+@pytest.mark.parametrize("name", ["eager", "llamacpp", "native", "onnxruntime", "openvino", "transformers"])
+def test_every_engine_runs_it_and_its_integers(study: Study, integers: Variant, name: str, cache: Path) -> None:
     prompt = tuple(load_tokenizer(study.made.path).prompt_ids("The lazy fox"))
-    expected = greedy(study.made, prompt, 8)
-    for engine in engines():
-        with closing(engine.load(study.made, cache)) as session:
-            assert [token.id for token in session.submit(Request(0, prompt, 8))] == expected, engine.name
-        with closing(type(engine)(**EXACT).load(child, cache)) as session:
-            assert len([token.id for token in session.submit(Request(0, prompt, 4))]) == 4, engine.name
+    with opened(name, study.made, cache) as session:
+        assert llama.ids(session.submit(Request(0, prompt, 8))) == greedy(study.made, prompt, 8)
+    with closing(ENGINES[name].kind(**EXACT).load(integers, cache)) as session:
+        assert len(llama.ids(session.submit(Request(0, prompt, 4)))) == 4
 
 
 def test_it_opens_in_transformers(study: Study) -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +12,14 @@ from hasten.artifacts import Variant
 from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
 from hasten.compression.width import Kept, Width, grouped, observe, top
-from hasten.engine.base import Dtype, Engine, Request
-from hasten.engine.eager import Eager
-from hasten.engine.native import Native
-from hasten.engine.native.build import compiler
+from hasten.engine.base import Request
 from hasten.errors import UserError
 from hasten.model.config import ModelConfig
 from hasten.model.decoder import Decoder
 from hasten.model.huggingface import load_network
 from tests.compression.texts import text
 from tests.engine import llama
+from tests.engine.engines import ENGINES, opened
 from tests.tiny import GEMMA, decoder, lstm, shape, write_checkpoint, write_variant
 
 TEXT = text(12, 16, documents=2, padding=3)
@@ -206,37 +203,31 @@ def test_it_opens_in_transformers(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(load_network(variant).eval()(TEXT.ids[:2]), theirs, rtol=1e-3, atol=1e-3)
 
 
-def engines() -> Iterator[Engine]:
-    exact: dict[str, Any] = {"threads": 1, "max_context": 64}
-    wide: dict[str, Any] = {**exact, "weight_dtype": Dtype.float32, "kv_cache_dtype": Dtype.float32}
-    yield Eager(**exact)
-    pytest.importorskip("xllamacpp")
-    from hasten.engine.llamacpp import Llamacpp
-
-    yield Llamacpp(**wide)
-    if compiler():
-        yield Native(activation_dtype=Dtype.float32, **wide)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
-def test_every_engine_runs_it_and_its_integers(family: str, tmp_path: Path, cache: Path) -> None:
-    config: ModelConfig = {"gemma3": llama.gemma("SF")}.get(family) or llama.CASES[family]
-    parent = llama.variant(tmp_path / "baseline", config)
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3"])
+def narrow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Variant, Variant]:
+    """A pruned network of a family, and its integers."""
+    folder = tmp_path_factory.mktemp("narrow")
+    config: ModelConfig = {"gemma3": llama.gemma("SF")}.get(request.param) or llama.CASES[request.param]
+    parent = llama.variant(folder / "baseline", config)
     method = Width(heads=2, feed_forward=0.5, hidden=32, multiple_of=32)
-    slim, _ = make_variant(method, parent, TEXT, name="slim", target=tmp_path / "slim", seed=0)
-    int8, _ = make_variant(Rtn(bits=8), slim, None, name="int8", target=tmp_path / "int8", seed=0)
+    slim, _ = make_variant(method, parent, TEXT, name="slim", target=folder / "slim", seed=0)
+    int8, _ = make_variant(Rtn(bits=8), slim, None, name="int8", target=folder / "int8", seed=0)
     assert int8.lineage == ["baseline", "slim", "int8"]
     assert slim.weight_bytes < 0.6 * parent.weight_bytes
+    return slim, int8
+
+
+@pytest.mark.parametrize("name", ["eager", "llamacpp", "native", "onnxruntime", "openvino", "transformers"])
+def test_every_engine_runs_it_and_its_integers(narrow: tuple[Variant, Variant], name: str, cache: Path) -> None:
     prompt = llama.prompt(9)
-    model, expected = load_network(slim).eval(), list(prompt)
+    model, expected = load_network(narrow[0]).eval(), list(prompt)
     with torch.inference_mode():
         for _ in range(8):
             expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
-    for engine in engines():
-        with closing(engine.load(slim, cache)) as session:
-            assert llama.ids(session.submit(Request(0, prompt, 8))) == expected[9:], engine.name
-        with closing(type(engine)(threads=1, max_context=64).load(int8, cache)) as session:
-            assert len(llama.ids(session.submit(Request(0, prompt, 4)))) == 4, engine.name
+    with opened(name, narrow[0], cache, max_context=64) as session:
+        assert llama.ids(session.submit(Request(0, prompt, 8))) == expected[9:]
+    with closing(ENGINES[name].kind(threads=1, max_context=64).load(narrow[1], cache)) as session:
+        assert len(llama.ids(session.submit(Request(0, prompt, 4)))) == 4
 
 
 def test_the_parents_type_stays_and_the_same_text_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Tested:
 
 
 ENGINES = {
-    "compiled": Tested(Compiled, {"compile": False}),  # test_compiled: compiled, it is the same
+    "compiled": Tested(Compiled, {**FLOAT, "compile": False}),  # test_compiled_conformance: compiled, in its formats
     "eager": Tested(Eager),
     "llamacpp": Tested(Llamacpp, needs="xllamacpp"),
     "native": Tested(Native, FLOAT),

@@ -10,26 +10,32 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hasten.artifacts import Variant
 from hasten.engine.base import Dtype, Request
-from hasten.engine.compiled import Compiled, CompiledSession, passes
-from hasten.engine.compiled.matrices import INT4_GROUPS, Int4, Int8, summed, unsupported
+from hasten.engine.compiled import VNNI, Compiled, CompiledSession, passes
+from hasten.engine.compiled.kernels import Product
+from hasten.engine.compiled.matrices import unsupported
+from hasten.engine.native import build
 from hasten.engine.streaming import Flight
 from hasten.engine.torch_options import CACHE_VARIABLE
 from hasten.errors import UserError
+from hasten.hardware import cpu_flags
 from hasten.model.config import ModelConfig
 from hasten.model.cost import cost_of
-from hasten.model.grid import Grid, dequantise, portable_scale
+from hasten.model.grid import Grid
 from hasten.model.huggingface import load_network
 from tests.engine import llama
 from tests.engine.llama import far_from_best, ids, prompt
 
-EXACT: dict[str, Any] = {"threads": 1, "weight_dtype": Dtype.float32, "max_context": 96}
+FLOAT = Dtype.float32
+EXACT: dict[str, Any] = {"threads": 1, "weight_dtype": FLOAT, "activation_dtype": FLOAT, "max_context": 96}
 PLAIN: dict[str, Any] = {**EXACT, "compile": False}
 NEAR_TIE = 0.01
+needs_vnni = pytest.mark.skipif(VNNI.isdisjoint(cpu_flags()), reason="rounds activations only where there is VNNI")
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
 GRIDS = {"float": None, "int8": Grid(8, 0), "int4-32": Grid(4, 32), "int4-64": Grid(4, 64)}
 
 
@@ -45,58 +51,42 @@ def opened(variant: Variant, cache: Path, **options: Any) -> closing[CompiledSes
     return closing(Compiled(**options).load(variant, cache))
 
 
-def random_integers(rows: int, columns: int, grid: Grid, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randint(grid.lowest, grid.highest + 1, (rows, columns), generator=generator).to(torch.int8)
-    return q, portable_scale(torch.rand(rows, grid.groups(columns), generator=generator) / 50 + 1e-6)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    rows=st.integers(1, 70),
-    groups=st.integers(1, 3),
-    group=st.sampled_from([0, *INT4_GROUPS]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    biased=st.booleans(),
-    seed=st.integers(0, 2**16),
+@pytest.mark.parametrize(
+    ("grid", "kernel"),
+    [
+        pytest.param(Grid(8, 0), "int8 per channel, int8 activations per token of a prompt", marks=needs_vnni),
+        pytest.param(Grid(4, 32), "int4 group 32, int8 activations per 32 (", marks=[needs_vnni, needs_compiler]),
+        pytest.param(Grid(4, 0), "int4 per channel, int8 activations per 32 (", marks=needs_compiler),
+        pytest.param(Grid(8, 32), "int8 group 32, int8 activations per 32 (", marks=needs_compiler),
+    ],
 )
-def test_torchs_kernels_multiply_with_exactly_our_integers(
-    rows: int, groups: int, group: int, dtype: torch.dtype, biased: bool, seed: int
-) -> None:
-    """The identity brings every weight to light, one by one: what is summed with zeros is not rounded."""
-    columns, grid = groups * (group or 8), Grid(4 if group else 8, group)
-    q, scale = random_integers(rows, columns, grid, seed)
-    bias = torch.randn(rows, generator=torch.Generator().manual_seed(seed)).to(dtype) if biased else None
-    matrix = (Int4 if group else Int8)(q, scale, bias, dtype)
-    expected = dequantise(q, scale).to(dtype).T
-    for x in (torch.eye(columns, dtype=dtype), torch.eye(columns, dtype=dtype)[-1:]):  # many rows, and one
-        found = matrix(x)
-        assert torch.equal(found, expected[-len(x) :] if bias is None else expected[-len(x) :] + bias)
+@pytest.mark.parametrize("biases", [False, True])
+def test_rounding_is_what_auto_means_and_is_recorded(tmp_path: Path, grid: Grid, kernel: str, biases: bool) -> None:
+    variant = made(tmp_path / "v", llama.shape(qkv_bias=biases, output_bias=biases, mlp_bias=biases), grid)
+    network = load_network(variant).eval()
+    prompts = [prompt(20, seed) for seed in range(20)]
+    with opened(variant, tmp_path, **{**PLAIN, "activation_dtype": Dtype.auto}) as session:
+        assert session.kernel.startswith(kernel)
+        assert session.arithmetic == "int8"
+        firsts = [ids(session.submit(Request(i, asked, 1))) for i, asked in enumerate(prompts)]
+    assert sum(far_from_best(network, *pair) == 0 for pair in zip(prompts, firsts, strict=True)) >= 16
 
 
-@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(4, 256), Grid(8, 0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_are_those_of_the_dequantised_matrix(grid: Grid, dtype: torch.dtype) -> None:
-    q, scale = random_integers(48, 512, grid, 3)
-    matrix = (Int4 if grid.bits == 4 else Int8)(q, scale, None, dtype)
-    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(1)).to(dtype)
-    exact = x.double() @ dequantise(q, scale).double().T
-    for rows in (5, 1):
-        error = (matrix(x[:rows]).double() - exact[:rows]).abs().max() / exact.abs().max()
-        assert error < (1e-6 if dtype is torch.float32 else 2**-8)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 4, 10])
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
-def test_rows_are_summed_several_at_a_time(rows: int, dtype: torch.dtype) -> None:
-    matrix = random_integers(rows, 40, Grid(8, 0), rows)[0].to(dtype)
-    x = torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
-    assert torch.allclose(summed(matrix, x).double(), x.double() @ matrix.double().T, rtol=1e-5, atol=1e-3)
-
-
-def test_scales_that_16_bits_do_not_hold_are_refused() -> None:
-    with pytest.raises(UserError, match="scales must be exact in bfloat16, got some that are not"):
-        Int8(torch.ones(2, 8, dtype=torch.int8), torch.full((2, 1), 1 / 3), None, torch.bfloat16)
+def test_nothing_is_rounded_where_nothing_multiplies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {**PLAIN, "activation_dtype": Dtype.auto}
+    assert not Compiled(devices=["cuda:0"]).rounds
+    assert Compiled(devices=["cuda:0"]).describe()["activation_dtype"] == "float32"
+    with pytest.raises(
+        UserError, match=r"engine\.activation_dtype must be auto or a float, integers are the variant's"
+    ):
+        Compiled(activation_dtype=Dtype.int8)
+    monkeypatch.setattr("hasten.engine.compiled.cpu_flags", lambda: ["avx2"])
+    for grid in (Grid(8, 0), Grid(4, 32)):
+        with opened(made(tmp_path / grid.words, llama.shape(), grid), tmp_path, **options) as session:
+            assert (session.kernel, session.arithmetic) == (grid.words, "float32")
+            assert ids(session.submit(Request(0, prompt(9), 4)))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert Compiled(**options).product(Grid(8, 32)) is Product.widened
 
 
 @given(length=st.integers(1, 3000), sizes=st.lists(st.integers(2, 300), min_size=1, max_size=4, unique=True))
@@ -169,7 +159,8 @@ def test_every_precision_generates_and_costs_the_bytes_it_says(
     used = Dtype.bfloat16 if weights is Dtype.auto else weights
     size, kv_size = (4 if kind is Dtype.float32 else 2 for kind in (used, used if kv_cache is Dtype.auto else kv_cache))
     cost = cost_of(config)
-    with opened(variant, tmp_path, **{**PLAIN, "weight_dtype": weights}, kv_cache_dtype=kv_cache) as session:
+    types = {"weight_dtype": weights, "activation_dtype": used, "kv_cache_dtype": kv_cache}
+    with opened(variant, tmp_path, **{**PLAIN, **types}) as session:
         assert len(ids(session.submit(Request(0, prompt(20), 6)))) == 6
         assert session.arithmetic == used.name
         assert session.kv_bytes_per_position == cost.kv_bytes(1, kv_size)
@@ -197,9 +188,11 @@ def test_the_cache_may_be_narrower_than_the_arithmetic(tmp_path: Path) -> None:
     assert 0 < far_from_best(load_network(variant).eval(), prompt(30), found) + 1e-9 < 1
 
 
-def test_logits_that_are_not_finite_are_an_error_and_leave_nothing_behind(tmp_path: Path) -> None:
-    variant = llama.variant(tmp_path / "v", llama.shape())
-    with opened(variant, tmp_path, **PLAIN) as session:
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_logits_that_are_not_finite_are_an_error_and_leave_nothing_behind(tmp_path: Path, grid: Grid | None) -> None:
+    """Nor does rounding hide them."""
+    variant = made(tmp_path / "v", llama.shape(), grid)
+    with opened(variant, tmp_path, **{**PLAIN, "activation_dtype": Dtype.auto}) as session:
         expected = ids(session.submit(Request(0, prompt(9), 12)))
         weight = session.network.blocks()[0].before_attention.weight
         kept = weight.clone()
@@ -232,12 +225,15 @@ def test_grids_without_a_kernel_are_refused(tmp_path: Path, monkeypatch: pytest.
     assert unsupported(Grid(8, 32)) == "torch's int8 kernel has one scale per row: group_size must be 0, got 32"
     assert unsupported(Grid(4, 0)) == f"{groups} 0"
     assert unsupported(Grid(4, 16)) == f"{groups} 16"
+    packed = "group_size must be 0 or a multiple of 32, got 16"
+    assert unsupported(Grid(8, 16), Product.packed) == unsupported(Grid(4, 16), Product.packed) == packed
+    assert not unsupported(Grid(8, 96), Product.packed)
     variant = made(tmp_path / "v", llama.shape(), Grid(8, 32))
     with pytest.raises(UserError, match="compiled cannot run v: torch's int8 kernel has one scale per row"):
         engine.load(variant, tmp_path)
     fits = made(tmp_path / "w", llama.shape(), Grid(4, 32))
     on_cuda = Compiled(devices=["cuda:0"]).supports(fits)
-    assert on_cuda.reason == "torch's kernels for integers are the CPU's: devices must be [cpu], got ['cuda:0']"
+    assert on_cuda.reason == "the kernels for integers are the CPU's: devices must be [cpu], got ['cuda:0']"
     monkeypatch.setenv("CXX", "no-such-compiler")
     reason = "engine compiled needs a C++ compiler (g++, or the one that CXX names)"
     assert Compiled(**EXACT).supports(fits).reason == reason

@@ -29,7 +29,7 @@ from hasten.engine.openvino.runtime import runtime
 from hasten.engine.streaming import Flight
 from hasten.errors import UserError
 from hasten.hardware import cpu_flags
-from hasten.model.grid import Grid, dequantise, stored
+from hasten.model.grid import Grid, Grids, dequantise, stored
 from hasten.model.huggingface import load_network
 from tests.engine import llama
 from tests.engine.llama import far_from_best, ids, on_grid, prompt
@@ -82,7 +82,7 @@ def outputs(node: Any, inputs: list[Any], *values: Any, rounded: int = 0) -> Any
 @given(matrices())
 def test_integers_and_scales_reach_the_graph_bit_for_bit(matrix: tuple[Grid, torch.Tensor, torch.Tensor]) -> None:
     grid, q, scale = matrix
-    found = outputs(graph_of(*matrix).quantised("m", *q.shape), [])
+    found = outputs(graph_of(*matrix).quantised({"m": len(q)}, q.shape[1]), [])
     assert torch.equal(torch.from_numpy(np.array(found)), dequantise(q, scale))
     assert graph_of(*matrix).grid == grid
 
@@ -103,6 +103,27 @@ def test_products_with_compressed_weights_are_right(
     step = float(values.abs().max()) / 254 if rounded else 0.0
     allowed = 1.02 * step * weight.abs().sum(-1) + 1e-5 * float(weight.abs().max()) * q.shape[1]
     assert bool(((torch.from_numpy(np.array(found)) - values.double() @ weight.T).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("grids", [(Grid(8, 32), Grid(8, 32)), (Grid(4, 0), Grid(4, 0)), (Grid(4, 32), Grid(8, 32))])
+def test_matrices_below_each_other_are_the_same_products(grids: tuple[Grid, Grid]) -> None:
+    """Alike they are one product, on different grids one each; a bias belongs to its own matrix."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {"b.bias": torch.randn(6, generator=generator)}
+    expected, values = [], torch.randn((5, 1, 64), generator=generator)
+    for name, rows, grid in (("a", 4, grids[0]), ("b", 6, grids[1])):
+        q = torch.randint(grid.lowest, grid.highest + 1, (rows, 64), generator=generator).to(torch.int8)
+        scale = torch.rand((rows, grid.groups(64)), generator=generator).bfloat16().float() / 8 + 2**-8
+        tensors.update(stored(name, q, scale, grid))
+        expected.append(values @ dequantise(q, scale).T)
+    expected[1] = expected[1] + tensors["b.bias"]
+    graph = Graph(llama.shape(), tensors, Grids(dict(zip("ab", grids, strict=True))), "float32", 4)
+    x = graph.ops.parameter([-1, 1, 64], runtime().Type.f32)
+    parts = graph.linears(x, {"a": 4, "b": 6}, 64)
+    model = runtime().Model([graph.ops.result(graph.ops.concat(parts, -1))], [x], "test")
+    assert sum(node.get_type_name() == "MatMul" for node in model.get_ops()) == len(set(grids))
+    found = outputs(graph.ops.concat(parts, -1), [x], values.numpy())
+    assert torch.allclose(torch.from_numpy(np.array(found)), torch.cat(expected, -1), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.skipif(not has_bfloat16(), reason="this processor has no bfloat16")

@@ -23,7 +23,7 @@ def measured(variant: str, lineage: list[str], tpot: float | None, accuracy: flo
     return {
         "trial": f"{variant}-native", "variant": variant, "engine": "native", "status": "ok", "native": True,
         "lineage": lineage, "weight_bytes_per_token": 2_500_000, "speed": {"qa": {"tpot_seconds_p50": tpot}},
-        "quality": {"sums": {"validation": {"accuracy": accuracy}}}, **changes,
+        "quality": {"sums": {"validation": {"accuracy": accuracy}}}, "bits_per_byte": None, **changes,
     }  # fmt: skip
 
 
@@ -68,12 +68,29 @@ def test_a_chain_is_compared_with_the_unchanged_model_on_its_engine() -> None:
     ]
 
 
-def test_what_failed_or_is_dequantised_or_was_not_asked_is_not_compared() -> None:
+def test_how_well_text_is_predicted_stands_beside_the_answers() -> None:
+    found = [
+        measured("baseline", ["baseline"], 1e-3, 0.8, bits_per_byte={"en": 2.0, "zh": 2.5}),
+        measured("small", ["baseline", "small"], 1e-3, 0.8, bits_per_byte={"en": 2.0125}),
+    ]
+    head, _, *rows = cells(results(judged(found)))
+    assert head[6:] == ["sums", "bits per byte, en", "bits per byte, zh", "seconds to make"]
+    assert [row[7:9] for row in rows] == [["2.000 (+0.000)", "2.500 (+0.000)"], ["2.013 (+0.013)", "-"]]
+
+
+def test_what_is_dequantised_has_answers_and_no_speed() -> None:
+    found = [measured("baseline", ["baseline"], 1e-3, 0.8), measured("small", ["baseline", "small"], 1e-3, 0.7)]
+    found[1]["native"] = False
+    rows = cells(results(judged(found)))[2:]
+    assert rows[0][:7] == ["`small`", "identity > rtn", "native (dequantised)", "-", "-", "-", "70.0 (-10.0)"]
+    assert rows[1][4] == "1.00x"
+
+
+def test_what_failed_or_was_not_asked_is_not_compared() -> None:
     more = {"more": {"validation": {"accuracy": 1.0}}}
     found = [
         measured("shallow", ["baseline", "shallow"], 1e-3, 0.7),  # without a baseline on this engine
         measured("baseline", ["baseline"], 1e-3, 0.7, status="failed"),
-        measured("small", ["baseline", "small"], 1e-3, 0.7, native=False),
         measured("unrecorded", ["baseline", "unrecorded"], 1e-3, 0.7),
         measured("baseline", ["baseline"], 1e-3, 0.7, engine="other", quality=more),
         measured("small", ["baseline", "small"], None, 0.7, engine="other"),

@@ -4,7 +4,8 @@
     python -m hasten.reporting.methods default gemma3     # with the results in reports/default and reports/gemma3
 
 `decoding` is what `evaluate` screened, one trial after the other: the time per token beside the unchanged model's on
-the same engine. `confirmed` is a request's speed-up beside the report's reference, in turns and with an interval.
+the same engine. `confirmed` is a request's speed-up beside the report's reference, in turns and with an interval. What
+an engine dequantised has answers, and no speed. In brackets is the difference from the unchanged model on that engine.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def methods() -> str:
 
 
 def screened(measurements: Sequence[Json], made: Mapping[str, Json]) -> list[Json]:
-    """What each trial that competes on speed was measured to do, for `verdict.json`. made: as of `making`."""
+    """What each trial that ran was measured to do, for `verdict.json`. made: as of `making`."""
     return [
         {
             "trial": m["trial"],
@@ -42,13 +43,15 @@ def screened(measurements: Sequence[Json], made: Mapping[str, Json]) -> list[Jso
             "engine": m["engine"],
             "converted": m["kernel"] if m.get("converted") else None,
             "methods": [made[name]["tags"]["method"] for name in m["lineage"]],
+            "dequantised": not m["native"],
             "weight_bytes_per_token": m["weight_bytes_per_token"],
-            "token_seconds": token_seconds(m),
+            "token_seconds": token_seconds(m) if m["native"] else None,
             "accuracy": {task: own["validation"]["accuracy"] for task, own in m["quality"].items()},
+            "bits_per_byte": m["bits_per_byte"] or {},
             "build_seconds": sum(made[name]["metrics"]["build_seconds"] for name in m["lineage"]),
         }
         for m in measurements
-        if m["status"] == "ok" and m["native"] and all(name in made for name in m["lineage"])
+        if m["status"] == "ok" and all(name in made for name in m["lineage"])
     ]
 
 
@@ -61,23 +64,29 @@ def results(verdict: Json) -> str:
         raise UserError(f"verdict.json of plan {verdict['plan']} must say what was screened: run its `report` again")
     trials = verdict["screened"]
     tasks = sorted({task for trial in trials for task in trial["accuracy"]})
+    languages = sorted({language for trial in trials for language in trial.get("bits_per_byte", ())})
     confirmed: Json = {}
     for scenario in verdict["scenarios"].values():
         confirmed = {**scenario["confirmed"], **confirmed}
-    rows = [["variant", "made by", "engine", "MB read per token", "decoding", "confirmed", *tasks, "seconds to make"]]
+    texts = [f"bits per byte, {language}" for language in languages]
+    head = ["variant", "made by", "engine", "MB read per token", "decoding", "confirmed"]
+    rows = [[*head, *tasks, *texts, "seconds to make"]]
     for engine in sorted({trial["engine"] for trial in trials}):
         own = sorted((one for one in trials if one["engine"] == engine), key=slowness, reverse=True)
         unchanged = min(
             (one for one in own if len(one["methods"]) == 1 and not one["converted"]), key=slowness, default=None
         )
         for trial in own:
-            megabytes = f"{trial['weight_bytes_per_token'] / 1e6:.2f}"
+            widened = trial.get("dequantised", False)
+            where = f"{engine} (dequantised)" if widened else engine
+            megabytes = "-" if widened else f"{trial['weight_bytes_per_token'] / 1e6:.2f}"
             speedup = (confirmed.get(trial["trial"]) or {}).get("speedup")
             speeds = [ratio(unchanged, trial), times(speedup) if speedup else "-"]
-            answers = [accuracy(trial, unchanged, task) for task in tasks]
+            answers = [beside(trial, unchanged, "accuracy", task) for task in tasks]
+            losses = [beside(trial, unchanged, "bits_per_byte", language) for language in languages]
             chain = f"{engine}'s own {trial['converted']}" if trial["converted"] else " > ".join(trial["methods"])
             seconds = f"{trial['build_seconds']:.1f}"
-            rows.append([f"`{trial['variant']}`", chain, engine, megabytes, *speeds, *answers, seconds])
+            rows.append([f"`{trial['variant']}`", chain, where, megabytes, *speeds, *answers, *losses, seconds])
     return markdown(rows)
 
 
@@ -98,12 +107,18 @@ def ratio(unchanged: Json | None, trial: Json) -> str:
     return f"{slowness(unchanged) / slowness(trial):.2f}x" if unchanged and known else "-"
 
 
-def accuracy(trial: Json, unchanged: Json | None, task: str) -> str:
-    """On validation in percent; in brackets what it differs by from the unchanged model, in points."""
-    own, theirs = (one["accuracy"].get(task) if one else None for one in (trial, unchanged))
+SHOWN = {"accuracy": (100, 1), "bits_per_byte": (1, 3)}
+"""How figures are shown: times what, and with how many decimals. Accuracies are in percent, differences in points."""
+
+
+def beside(trial: Json, unchanged: Json | None, what: str, part: str) -> str:
+    """A figure on validation, for a task or a language; in brackets what it differs by from the unchanged model."""
+    own, theirs = (one.get(what, {}).get(part) if one else None for one in (trial, unchanged))
     if own is None:
         return "-"
-    return f"{100 * own:.1f}" + (f" ({100 * (own - theirs):+.1f})" if theirs is not None else "")
+    factor, digits = SHOWN[what]
+    difference = "" if theirs is None else f" ({factor * (own - theirs):+.{digits}f})"
+    return f"{factor * own:.{digits}f}{difference}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -4,8 +4,8 @@ Eager PyTorch asks Python for every operation, a hundred times per token. Here `
 https://doi.org/10.1145/3620665.3640366) sees one token as one graph: the KV cache is allocated once and written in
 place, projections with the same input are one product, norms, rotations and gates become loops in C++ (on CUDA:
 Triton kernels, replayed as one CUDA graph), and the likeliest token is chosen within. Prompts are read in chunks of a
-few fixed sizes, padded at the end, so that only a few graphs exist. Integers are multiplied as they are stored by
-torch's own CPU kernels (`hasten.engine.compiled.matrices`).
+few fixed sizes, padded at the end, so that only a few graphs exist. Integers are multiplied as they are: by torch's own
+CPU kernels (`hasten.engine.compiled.matrices`) or by those of `native` (`hasten.engine.compiled.kernels`).
 
     python pipelines/evaluate.py engine=compiled variant=int4
 
@@ -28,23 +28,32 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from hasten.artifacts import Json, Variant
 from hasten.engine.base import Dtype, Engine, Request, Session, Support
 from hasten.engine.grids import apart, every, table
+from hasten.engine.native import build
 from hasten.engine.streaming import Flight, Stream
 from hasten.engine.torch_options import check_device, check_follows, kept_in, prepare
 from hasten.errors import UserError
+from hasten.hardware import cpu_flags
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hasten.engine.compiled.kernels import Product
     from hasten.engine.compiled.network import Network
+    from hasten.model.grid import Grid
 
 LARGEST_CHUNK = 4096
+VNNI = {"avx512_vnni", "avx_vnni"}
+"""Processors with one of these sum products of 8-bit integers in 32 bits; others in 16, where sums overflow."""
 
 
 @dataclass
 class Compiled(Engine):
-    """weight_dtype auto is bfloat16; activations are of its type, also where the matrices are integers. kv_cache_dtype
-    auto follows the activations; attention is computed in its type.
+    """weight_dtype auto is bfloat16; activations are of its type. kv_cache_dtype auto follows it; attention is computed
+    in the cache's type.
 
+    activation_dtype: auto rounds to 8 bits before a product with integers: with 8 bits per channel a prompt's, a scale
+    for each token, with others every token's, a scale for every 32 values; the weights' type rounds nothing, for
+    comparing answers.
     chunks: how many tokens of a prompt are read in one pass, the sizes there are; each is a graph to compile. compile:
     false leaves the same network to Python, for comparing answers.
     """
@@ -75,8 +84,26 @@ class Compiled(Engine):
         """The KV cache's type with `auto` resolved."""
         return self.weights if self.kv_cache_dtype is Dtype.auto else self.kv_cache_dtype
 
+    @property
+    def rounds(self) -> bool:
+        """Whether activations may be rounded to 8 bits before a product with integers."""
+        return self.activation_dtype is Dtype.auto and self.devices == ["cpu"]
+
+    def product(self, grid: Grid) -> Product:
+        """How integers on this grid are multiplied, whether or not there is a kernel for them."""
+        from hasten.engine.compiled.kernels import Product
+        from hasten.engine.compiled.matrices import unsupported
+
+        fast = not VNNI.isdisjoint(cpu_flags())
+        if self.rounds and fast and grid.bits == 8 and not grid.group_size:
+            return Product.rounded
+        command = build.compiler()
+        if self.rounds and (fast or unsupported(grid)) and command and shutil.which(command[0]):
+            return Product.packed
+        return Product.widened
+
     def supports(self, variant: Variant) -> Support:
-        from hasten.engine.compiled.matrices import supports_grid
+        from hasten.engine.compiled.matrices import unsupported
         from hasten.model.config_json import from_huggingface
         from hasten.model.grid import grid_of
 
@@ -90,28 +117,36 @@ class Compiled(Engine):
         if grid is None:
             return Support(native_format=self.weights.name)
         if self.devices != ["cpu"]:
-            return Support(
-                reason=f"torch's kernels for integers are the CPU's: devices must be [cpu], got {self.devices}"
-            )
+            return Support(reason=f"the kernels for integers are the CPU's: devices must be [cpu], got {self.devices}")
         if reason := apart(grid) or table(grid):
             return Support(reason=reason)
-        return every(grid, supports_grid)
+
+        def answer(kind: Grid) -> Support:
+            refusal = unsupported(kind, self.product(kind))
+            return Support(reason=refusal) if refusal else Support(native_format=kind.words)
+
+        return every(grid, answer)
 
     def load(self, variant: Variant, cache: Path) -> CompiledSession:
         support = self.supports(variant)
         if not support:
             raise UserError(f"compiled cannot run {variant.path.name}: {support.reason}")
         prepare(self)
-        return CompiledSession(self, variant, cache / "compiled", str(support.native_format))
+        return CompiledSession(self, variant, cache, str(support.native_format))
 
     def describe(self) -> Json:
-        used = dict.fromkeys(("weight_dtype", "activation_dtype"), self.weights.name)
+        activations = self.activation_dtype if self.rounds else self.weights
+        used = {"weight_dtype": self.weights.name, "activation_dtype": activations.name}
         own = {"kv_cache_dtype": self.kv_cache.name, "chunks": list(self.chunks), "compile": self.compile}
         return {**super().describe(), **used, **own}
 
 
 class CompiledSession(Session):
-    """One request at a time, on a thread of its own, which is also the one that compiles."""
+    """One request at a time, on a thread of its own, which is also the one that loads and compiles.
+
+    OpenMP keeps helpers for each thread that computes, and where it counts more of them than cores they sleep between
+    two loops instead of waiting for the next: so nothing here computes on a second one.
+    """
 
     def __init__(self, engine: Compiled, variant: Variant, cache: Path, kernel: str) -> None:
         import torch
@@ -126,9 +161,17 @@ class CompiledSession(Session):
         self.chunks = [size for size in engine.chunks if size <= self.context] or engine.chunks[:1]
         dtype, kv_dtype = (getattr(torch, kind.name) for kind in (engine.weights, engine.kv_cache))
         length = self.context + self.chunks[0]  # the last chunk of a prompt may be padded
-        stored = Stored(variant, dtype)
-        self.network = Network(self.config, stored, length, kv_dtype).eval().to(engine.devices[0])
-        self.kernel, self.arithmetic = f"{kernel}{', compiled' if engine.compile else ''}", engine.weights.name
+
+        def network() -> Network:
+            stored = Stored(variant, dtype, engine.product)
+            return Network(self.config, stored, length, kv_dtype).eval().to(engine.devices[0])
+
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="compiled")
+        self.network = self._worker.submit(network).result()
+        self.load_seconds = time.perf_counter() - start
+        rounding = self._rounding(cache)
+        self.kernel = ", ".join([kernel, *rounding, *["compiled"] * engine.compile])
+        self.arithmetic = "int8" if self.network.rounded_share > 0.5 else engine.weights.name
         self.weight_bytes_per_token = self.network.weight_bytes_per_token
         self.kv_bytes_per_position = self.network.cache_bytes // length
         self.places = torch.arange(length, device=engine.devices[0])
@@ -136,11 +179,21 @@ class CompiledSession(Session):
         self.choose: Callable[..., Any] = self.network.choose
         self.read: dict[int, Callable[..., Any]] = dict.fromkeys(self.chunks, self.network.read)
         self._flights: set[Flight] = set()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="compiled")
-        self.load_seconds = time.perf_counter() - start
         if engine.compile:
-            with kept_in(cache):
+            with kept_in(cache / "compiled"):
                 self._worker.submit(self._compile).result()
+
+    def _rounding(self, cache: Path) -> Iterator[str]:
+        """In words, what is rounded; with the kernels at hand that multiply it."""
+        from hasten.engine.compiled.kernels import Product, load
+
+        products = {matrix.product for matrix in self.network.rounded()}
+        if Product.rounded in products:
+            yield Product.rounded.value
+        if Product.packed in products:
+            start = time.perf_counter()
+            yield f"{Product.packed.value} ({load(cache)})"
+            self.compile_seconds += time.perf_counter() - start
 
     def _compile(self) -> None:
         """Compile the pass of a token and of each chunk by making them: CUDA graphs are recorded in the second."""
@@ -158,7 +211,7 @@ class CompiledSession(Session):
                     token, _ = self.choose(read(self.places[:size], self.places[:size], seen)[:1].clone())
                 self.step(token.clone(), self.places[:1], seen)
         self.network.clear()
-        self.compile_seconds = time.perf_counter() - start
+        self.compile_seconds += time.perf_counter() - start
 
     def submit(self, request: Request) -> Stream:
         """Raises `UserError` for ids outside the vocabulary and for more tokens than the context holds."""

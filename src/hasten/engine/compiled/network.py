@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hasten.engine.compiled.matrices import Float, Stored, fixed
+from hasten.engine.compiled.kernels import Packed, Product, fixed
+from hasten.engine.compiled.matrices import Float, Int8, Stored
 from hasten.model.config import Activation, ModelConfig, RopeScaling
+from hasten.model.cost import cost_of
 from hasten.model.decoder import Norm, frequencies, rotary, rotate
 
 
@@ -122,6 +124,19 @@ class Network(nn.Module):
         """Weights that one token reads: of an embedding of its own, one row."""
         rows = 0 if self.config.tied_head else len(self.embedding) - 1
         return self.weight_bytes - rows * self.embedding[0].nbytes
+
+    def rounded(self) -> list[Int8 | Packed]:
+        """The matrices before which activations are rounded."""
+        return [
+            part for part in self.modules() if isinstance(part, Int8 | Packed) and part.product is not Product.widened
+        ]
+
+    @property
+    def rounded_share(self) -> float:
+        """Of the numbers in matrices that a token is multiplied with: those that meet rounded activations."""
+        cost = cost_of(self.config)
+        rounded = sum(matrix.numbers for matrix in self.rounded())
+        return rounded / sum(matrix.weights for matrix in (*cost.matrices, cost.head))
 
     @property
     def cache_bytes(self) -> int:

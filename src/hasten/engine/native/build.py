@@ -38,20 +38,34 @@ def compiler() -> list[str] | None:
 
 def load(cache: Path) -> ctypes.CDLL:
     """The compiled kernels; built once per compiler, processor and source. Raises `UserError` if that fails."""
+    return declared(library(cache, "server.cpp"))
+
+
+def product(cache: Path) -> ctypes.CDLL:
+    """As `load`, of one product alone, in OpenMP's threads: for engines that have a network of their own."""
+    loaded = library(cache, "product.cpp", "-fopenmp")
+    int32, pointer = ctypes.c_int32, ctypes.c_void_p
+    loaded.hasten_kernels.restype, loaded.hasten_kernels.argtypes = ctypes.c_char_p, []
+    loaded.hasten_multiply.restype = None
+    matrix: list[type] = [*[int32] * 4, pointer, pointer]
+    loaded.hasten_multiply.argtypes = [*matrix, pointer, int32, int32, pointer, int32]
+    return loaded
+
+
+def library(cache: Path, source: str, *options: str) -> ctypes.CDLL:
     command = compiler()
     if command is None:
         raise UserError("engine native needs a C++ compiler (g++ or clang++, or the one that CXX names), found none")
-    sources = sorted(SOURCES.iterdir())
-    parts = [version(tuple(command)), " ".join(flags()), " ".join(cpu_flags()), *(path.read_text() for path in sources)]
+    own = [*flags(), *options]
+    texts = (path.read_text() for path in sorted(SOURCES.iterdir()))
+    parts = [version(tuple(command)), " ".join(own), source, " ".join(cpu_flags()), *texts]
     folder = cache / "native" / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    built(folder, lambda temporary: compile_to(temporary / "hasten.so", command))
-    return declared(ctypes.CDLL(str(folder / "hasten.so")))
+    built(folder, lambda temporary: compile_to(temporary / "hasten.so", [*command, *own], SOURCES / source))
+    return ctypes.CDLL(str(folder / "hasten.so"))
 
 
-def compile_to(path: Path, command: list[str]) -> None:
-    done = subprocess.run(
-        [*command, *flags(), "-o", str(path), str(SOURCES / "server.cpp")], capture_output=True, text=True, check=False
-    )
+def compile_to(path: Path, command: list[str], source: Path) -> None:
+    done = subprocess.run([*command, "-o", str(path), str(source)], capture_output=True, text=True, check=False)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if "error" in line), f"exit code {done.returncode}")
         raise UserError(f"{command[0]} could not compile the kernels of engine native: {said}")

@@ -188,6 +188,9 @@ class OpenvinoSession(Session):
         self._caches = {port.any_name: cache_for(port, engine.slots * self._blocks) for port in ports}
         for name, cache in self._caches.items():
             self._request.set_tensor(name, cache)
+        self._inputs: dict[
+            str, Any
+        ] = {}  # what the request reads, written anew where the next pass is of the same shape
         self._kv_bytes = sum(cache.byte_size for cache in self._caches.values())
         self.kv_bytes_per_position = self._kv_bytes // (engine.slots * self._blocks * BLOCK)
         self._logits(Pass([(Sequence(Flight(Request(0, (0,), 1)), 0, [0]), 1)]))  # kernels are chosen with the first
@@ -264,10 +267,16 @@ class OpenvinoSession(Session):
                 self._retire(sequence)
 
     def _logits(self, now: Pass) -> Any:
-        tensor = runtime().Tensor
+        """Of the tokens that were wanted, (wanted, vocabulary); the next pass writes over them."""
         for name, values in now.inputs(self._blocks).items():
-            self._request.set_tensor(name, tensor(values))
-        self._request.infer()
+            held = self._inputs.get(name)
+            if held is None or held.shape != values.shape:
+                tensor = runtime().Tensor(values)
+                self._request.set_tensor(name, tensor)
+                self._inputs[name] = tensor.data
+            else:
+                held[...] = values
+        self._request.infer(share_outputs=True)  # else all logits are copied, to be thrown away
         return self._request.get_output_tensor(0).data[:, 0]
 
     def _retire(self, sequence: Sequence) -> None:
@@ -285,4 +294,4 @@ class OpenvinoSession(Session):
             self._changed.notify()
         self._worker.join()
         self._request = None
-        self._caches = {}
+        self._caches, self._inputs = {}, {}

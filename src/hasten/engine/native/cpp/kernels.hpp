@@ -30,6 +30,16 @@ constexpr int LANES = 16, STRETCH = 32;  // rows of a block; columns that share 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#define INSTRUCTIONS "AVX512-VNNI, AVX512-BF16"
+#elif defined(__AVX512VNNI__)
+#define INSTRUCTIONS "AVX512-VNNI"
+#elif defined(__AVX512F__)
+#define INSTRUCTIONS "AVX512"
+#else
+#define INSTRUCTIONS "portable"
+#endif
+
 enum Kind : int32_t { F32 = 0, BF16 = 1, U8 = 2, U4 = 3 };
 
 struct Matrix {

@@ -206,17 +206,7 @@ using hasten::Server;
 extern "C" {
 
 // Which kernels this build has.
-const char* hasten_kernels() {
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
-    return "AVX512-VNNI, AVX512-BF16";
-#elif defined(__AVX512VNNI__)
-    return "AVX512-VNNI";
-#elif defined(__AVX512F__)
-    return "AVX512";
-#else
-    return "portable";
-#endif
-}
+const char* hasten_kernels() { return INSTRUCTIONS; }
 
 // draft: of the same slots and batch; or null.
 Server* hasten_open(const hasten::Shape* shape, const hasten::Shape* draft) {
