@@ -22,9 +22,13 @@ from hasten.engine.onnxruntime import Onnxruntime
 from hasten.engine.openvino import Openvino
 from hasten.engine.transformers import Transformers
 from hasten.engine.vllm import Vllm
+from hasten.engine.vllm.build import installed
 
 EXACT: dict[str, Any] = {"weight_dtype": Dtype.float32, "kv_cache_dtype": Dtype.float32, "max_context": 256}
 FLOAT: dict[str, Any] = {"activation_dtype": Dtype.float32}
+VLLM: dict[str, Any] = {"gpu_memory_utilization": 0.2, "capture": False}
+if (installed() or ("cpu",))[0] == "cpu":
+    VLLM["devices"] = ["cpu"]
 NEAR_TIE = 0.002  # two logits closer than this may change places: sums are in another order
 
 
@@ -32,13 +36,14 @@ NEAR_TIE = 0.002  # two logits closer than this may change places: sums are in a
 class Tested:
     """An engine. options: beside EXACT, those under which its answers are the network's. needs: a package.
 
-    integers: how the kernel for so many bits is called.
+    integers: how the kernel for so many bits is called. family: the network that the shared suite runs.
     """
 
     kind: Callable[..., Engine]
     options: dict[str, Any] = field(default_factory=dict)
     needs: str = ""
     integers: str = "int{bits}"
+    family: str = "llama"
 
 
 ENGINES = {
@@ -50,7 +55,7 @@ ENGINES = {
     "onnxruntime": Tested(Onnxruntime, FLOAT, "onnxruntime"),
     "openvino": Tested(Openvino, FLOAT, "openvino", "i{bits} ("),
     "transformers": Tested(Transformers),
-    "vllm": Tested(Vllm, {"gpu_memory_utilization": 0.2, "capture": False}, "vllm"),
+    "vllm": Tested(Vllm, VLLM, "vllm", family="llama-llama3"),  # heads of 32: on CPUs it has no narrower ones
 }
 BATCHING = [name for name, one in ENGINES.items() if one.kind.batches]  # type: ignore[attr-defined]
 OWN = ("native", "onnxruntime", "openvino")

