@@ -16,7 +16,7 @@ class Scored(Treatment):
         self.squares: Tensor | None = None
 
     def see(self, x: Tensor) -> None:
-        seen = x.double().square().sum(0)
+        seen = x.double().square_().sum(0)
         self.squares = seen if self.squares is None else self.squares + seen
 
     def treat(self, group: Group) -> None:

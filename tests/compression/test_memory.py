@@ -1,0 +1,69 @@
+"""What methods hold while they work, in a process of their own: no more than the parent and a layer."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from hasten import peak
+from hasten.artifacts import Checkpoint
+from hasten.compression.base import Calibration
+from hasten.compression.make import make_variant
+from hasten.config import discover
+from hasten.model.config import ModelConfig
+from hasten.model.decoder import Decoder
+from tests.tiny import write_checkpoint
+
+SHAPE = ModelConfig(
+    layers=6, hidden_size=512, heads=8, kv_heads=8, feed_forward_size=1024, vocab_size=16384, context=64, tied_head=True
+)
+HEAD_BYTES = 4 * SHAPE.vocab_size * SHAPE.hidden_size  # the largest layer that is treated
+BLOCK_BYTES = 4 * (4 * SHAPE.hidden_size**2 + 3 * SHAPE.hidden_size * SHAPE.feed_forward_size)
+GRAM_BYTES = 8 * SHAPE.feed_forward_size**2  # X^T X of the widest matrix
+OTHER_BYTES = 2**23  # states, activations, modules that a method imports, what threads keep
+
+
+def held(parent: Checkpoint, name: str, target: Path) -> int:
+    """In a fresh process: the most bytes that making a variant took."""
+    ids = torch.randint(3, SHAPE.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
+    text = Calibration(ids, torch.zeros_like(ids).int(), torch.ones_like(ids).float())
+    small = torch.eye(64, dtype=torch.float64)
+    torch.linalg.cholesky(small @ small)  # libraries that load when they are first used
+    method = discover("compression")[name]()
+    assert peak.reset_peak()
+    before = peak.peak_bytes()[0]
+    _, cost = make_variant(method, parent, None if method.needs == "nothing" else text, name="v", target=target, seed=0)
+    assert before is not None
+    return int(cost["build_peak_memory_bytes"]) - before
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """96 MB, of which the embedding, which is the head as well, takes 34 and a block 10."""
+    model = Decoder(SHAPE)
+    model.initialise(seed=0)
+    return write_checkpoint(tmp_path_factory.mktemp("memory") / "parent", model)
+
+
+@pytest.mark.skipif(not os.access(peak.CLEAR_REFS, os.W_OK), reason="this system does not let a peak be reset")
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("rtn", HEAD_BYTES),
+        ("fp8", HEAD_BYTES),
+        ("magnitude", BLOCK_BYTES),
+        ("wanda", BLOCK_BYTES),
+        ("smoothquant", HEAD_BYTES + GRAM_BYTES),
+        ("gptq", HEAD_BYTES + 3 * GRAM_BYTES),
+    ],
+)
+def test_a_method_holds_its_parent_and_a_layer(parent: Checkpoint, tmp_path: Path, name: str, more: int) -> None:
+    assert 96e6 < parent.weight_bytes < 97e6
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+        found = apart.submit(held, parent, name, tmp_path / "v").result()
+    assert found < 1.05 * (parent.weight_bytes + more) + OTHER_BYTES
