@@ -4,10 +4,11 @@
     python benchmarks/compression.py --shape gemma3-270m --methods rtn,gptq
 
 What goes layer by layer should hold no more than the parent's weights, the calibration text's states, the largest layer
-that is treated (a block, or the head), both as float32, and what the method works with by its own formula (`WORK`). So
-printed is the most that the process held beyond what it held with torch loaded, pages of mapped files included (that is
-what `build_peak_memory_bytes` of a variant counts, too), how much of it was anonymous memory (looked at every 2 ms),
-and the first as a multiple of those four together. Seconds are as they came.
+that is treated (a block, or the head), both as float32, and what the method works with by its own formula (`WORK`,
+`passing`). So printed is the most that the process held beyond what it held when it had made a tiny variant by the same
+method, pages of mapped files included (that is what `build_peak_memory_bytes` of a variant counts, too), how much of it
+was anonymous memory (looked at every 2 ms), and the first as a multiple of those four together. Seconds are as they
+came.
 
 Options of a method follow its name, between colons: `low_rank:allocation=uniform`.
 """
@@ -41,6 +42,7 @@ METHODS = (
     "rtn,hqq,fp8,embedding,magnitude,wanda,smoothquant,awq,gptq,sparsegpt,"
     "low_rank:allocation=uniform,mixed:candidates=[4,8]"
 )
+TINY = ModelConfig(layers=2, hidden_size=64, heads=4, kv_heads=4, feed_forward_size=128, vocab_size=256, context=1024)
 PARENTS = {"embedding": "rtn"}
 """Methods that want another parent than floats."""
 
@@ -48,6 +50,11 @@ PARENTS = {"embedding": "rtn"}
 def matrices(config: ModelConfig, count: float, element_bytes: int = 8) -> float:
     """Bytes of that many matrices (in, in), for the widest input."""
     return count * element_bytes * max(config.hidden_size, config.feed_forward_size) ** 2
+
+
+def passing(config: ModelConfig, length: int) -> float:
+    """What 8 rows are within a block: as wide as the stream, and as the feed-forward part, each three times."""
+    return 8 * length * 3 * (config.hidden_size + config.feed_forward_size) * 4
 
 
 def mixing(config: ModelConfig, method: Any, length: int) -> float:
@@ -108,19 +115,22 @@ def measured(asked: str, parent_name: str, folder: Path, rows: int, length: int)
     """In a fresh process: the bytes that making a variant took, how many of them anonymous, and the seconds."""
     import torch
 
-    import hasten.model.huggingface  # noqa: F401
+    method = method_of(asked)
 
-    parent, method = load_checkpoint(folder / parent_name), method_of(asked)
-    ids = torch.randint(3, parent.config["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(0))
-    text = Calibration(ids, torch.zeros_like(ids).int(), torch.ones_like(ids).float())
-    torch.linalg.cholesky(torch.eye(64, dtype=torch.float64) @ torch.eye(64, dtype=torch.float64))
+    def make(place: Path, rows: int) -> None:
+        parent = load_checkpoint(place / parent_name)
+        ids = torch.randint(3, parent.config["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(0))
+        text = Calibration(ids, torch.zeros_like(ids).int(), torch.ones_like(ids).float())
+        needed = None if method.needs == "nothing" else text
+        make_variant(method, parent, needed, name=method.name, target=place / method.name, seed=0)
+
+    make(folder / "tiny", 1)
     if not reset_peak():
         raise SystemExit("this system does not let a process reset its peak memory")
     watch, start = Anonymous(), time.perf_counter()
     before, anonymous = peak_bytes()[0], watch.bytes
     watch.start()
-    needed = None if method.needs == "nothing" else text
-    make_variant(method, parent, needed, name=method.name, target=folder / method.name, seed=0)
+    make(folder, rows)
     watch.ended.set()
     peak = peak_bytes()[0]
     assert before and peak
@@ -139,14 +149,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         apart(write_parent, config, folder)
+        apart(write_parent, TINY, folder / "tiny")
         for asked in split(options.methods):
             method = method_of(asked)
             parent = PARENTS.get(method.name, "parent")
             if not (folder / parent).is_dir():
                 apart(measured, parent, "parent", folder, options.rows, options.length)
             *held, seconds = apart(measured, asked, parent, folder, options.rows, options.length)
-            states = 0 if method.needs == "nothing" else 4 * options.rows * options.length * config.hidden_size
+            looks = method.needs != "nothing"
+            states = 4 * options.rows * options.length * config.hidden_size if looks else 0
             work = WORK.get(method.name, lambda *_: 0.0)(config, method, options.length)
+            work += passing(config, options.length) if looks else 0
             parts = (Checkpoint(folder / parent).weight_bytes, largest_layer(config, method), states, work)
             megabytes = [f"{value / 1e6:,.0f}" for value in (*held, *parts)]
             print(ROW.format(method.name, f"{seconds:.0f}", *megabytes, f"{held[0] / sum(parts):.2f}"), flush=True)

@@ -200,21 +200,33 @@ class Tokens(Artifact):
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a safetensors file has a tensor: its first byte, counted from the file's start, its type and shape."""
+
+    start_byte: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
 class Stored(Mapping[str, "torch.Tensor"]):
     """The tensors of a safetensors file, each read anew whenever it is asked for, into memory of its own: what is held
-    is what the caller keeps. places: by name, under which name the file has it.
+    is what the caller keeps. The file is not mapped, so that no page of it counts as the process's.
     """
 
     path: Path
-    places: Mapping[str, str]
+    places: Mapping[str, Place]
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        from safetensors import safe_open
+        import torch
 
         place = self.places[name]
-        with unreadable(self.path), safe_open(self.path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(place).clone()
-        return tensor  # the file is let go of, and with it the pages of it that were read
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        with unreadable(self.path), self.path.open("rb") as file:
+            file.seek(place.start_byte)
+            if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
+                raise EOFError(f"it ends within {name}")
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -237,7 +249,7 @@ def unreadable(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, EOFError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
 
 
@@ -263,7 +275,11 @@ class Checkpoint(Artifact):
 
     def stored(self) -> Stored:
         """The same tensors, read one by one. Raises `UserError` as `tensors`."""
-        return Stored(self.weights_file, {name: name for name in self.tensors()})
+        path, views = self.weights_file, self.tensors()  # checks the file, too
+        with path.open("rb") as file:
+            header = json.loads(file.read(size := int.from_bytes(file.read(8), "little")))
+        starts = {name: 8 + size + header[name]["data_offsets"][0] for name in views}
+        return Stored(path, {name: Place(starts[name], value.dtype, value.shape) for name, value in views.items()})
 
     @property
     def weights_file(self) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
-LARGE_BYTES = 2**22
+LARGE_BYTES = 5 * 2**18
 
 
 def reset_peak() -> bool:

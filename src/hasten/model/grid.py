@@ -32,7 +32,7 @@ SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero
 LARGEST_SCALE = 65280.0  # the largest bfloat16 below float16's end
 ROWS = 4096
 """Rows of a matrix that are multiplied at once: a head has one for every word."""
-WEIGHTS = 2**18
+WEIGHTS = 2**17
 """About as many weights are computed with at once, weight by weight: what is computed on the way stays in the cache."""
 
 

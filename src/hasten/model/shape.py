@@ -59,9 +59,10 @@ def outline(shape: Shape) -> Network:
 
     class Unset(TorchFunctionMode):
         def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function in (torch.Tensor.normal_, torch.Tensor.uniform_):
-                return args[0]
-            return function(*args, **(kwargs or {}))
+            given = kwargs or {}
+            if getattr(function, "__module__", "") == "torch.nn.init":
+                return given["tensor"] if "tensor" in given else args[0]
+            return function(*args, **given)
 
     with torch.device("meta"), Unset():
         return build(shape)
