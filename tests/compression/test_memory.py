@@ -20,34 +20,38 @@ from hasten.model.decoder import Decoder
 from tests.tiny import write_checkpoint
 
 SHAPE = ModelConfig(
-    layers=6, hidden_size=512, heads=8, kv_heads=8, feed_forward_size=1024, vocab_size=16384, context=64, tied_head=True
+    layers=4, hidden_size=512, heads=8, kv_heads=8, feed_forward_size=1024, vocab_size=16384, context=64, tied_head=True
 )
 HEAD_BYTES = 4 * SHAPE.vocab_size * SHAPE.hidden_size  # the largest layer that is treated
 BLOCK_BYTES = 4 * (4 * SHAPE.hidden_size**2 + 3 * SHAPE.hidden_size * SHAPE.feed_forward_size)
 GRAM_BYTES = 8 * SHAPE.feed_forward_size**2  # X^T X of the widest matrix
-OTHER_BYTES = 2**23  # states, activations, modules that a method imports, what threads keep
+OTHER_BYTES = 2**22  # states, activations, what the allocator keeps
 
 
-def held(parent: Checkpoint, name: str, target: Path) -> int:
-    """In a fresh process: the most bytes that making a variant took."""
-    ids = torch.randint(3, SHAPE.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
-    text = Calibration(ids, torch.zeros_like(ids).int(), torch.ones_like(ids).float())
-    small = torch.eye(64, dtype=torch.float64)
-    torch.linalg.cholesky(small @ small)  # libraries that load when they are first used
-    method = discover("compression")[name]()
-    assert peak.reset_peak()
-    before = peak.peak_bytes()[0]
-    _, cost = make_variant(method, parent, None if method.needs == "nothing" else text, name="v", target=target, seed=0)
-    assert before is not None
-    return int(cost["build_peak_memory_bytes"]) - before
+def held(parents: tuple[Checkpoint, Checkpoint], name: str, target: Path) -> int:
+    """In a fresh process: the most bytes that making a variant of the second parent took, once one of the first, which
+    is tiny, had loaded all that the method needs.
+    """
+    method, found = discover("compression")[name](), 0
+    for parent in parents:
+        vocabulary = parent.config["vocab_size"]
+        ids = torch.randint(3, vocabulary, (4, 32), generator=torch.Generator().manual_seed(0))
+        text = Calibration(ids, torch.zeros_like(ids).int(), torch.ones_like(ids).float())
+        assert peak.reset_peak()
+        before = peak.peak_bytes()[0]
+        needed = None if method.needs == "nothing" else text
+        _, cost = make_variant(method, parent, needed, name="v", target=target, seed=0)
+        assert before is not None
+        found = int(cost["build_peak_memory_bytes"]) - before
+    return found
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """96 MB, of which the embedding, which is the head as well, takes 34 and a block 10."""
-    model = Decoder(SHAPE)
+def parents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoint]:
+    """A tiny one, and one of 76 MB, of which the embedding, which is the head as well, takes 34 and a block 10."""
+    model, folder = Decoder(SHAPE), tmp_path_factory.mktemp("memory")
     model.initialise(seed=0)
-    return write_checkpoint(tmp_path_factory.mktemp("memory") / "parent", model)
+    return write_checkpoint(folder / "tiny"), write_checkpoint(folder / "parent", model)
 
 
 @pytest.mark.skipif(not os.access(peak.CLEAR_REFS, os.W_OK), reason="this system does not let a peak be reset")
@@ -58,12 +62,13 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
         ("fp8", HEAD_BYTES),
         ("magnitude", BLOCK_BYTES),
         ("wanda", BLOCK_BYTES),
-        ("smoothquant", HEAD_BYTES + GRAM_BYTES),
         ("gptq", HEAD_BYTES + 3 * GRAM_BYTES),
     ],
 )
-def test_a_method_holds_its_parent_and_a_layer(parent: Checkpoint, tmp_path: Path, name: str, more: int) -> None:
-    assert 96e6 < parent.weight_bytes < 97e6
+def test_a_method_holds_its_parent_and_a_layer(
+    parents: tuple[Checkpoint, Checkpoint], tmp_path: Path, name: str, more: int
+) -> None:
+    assert 75e6 < parents[1].weight_bytes < 76e6
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
-        found = apart.submit(held, parent, name, tmp_path / "v").result()
-    assert found < 1.05 * (parent.weight_bytes + more) + OTHER_BYTES
+        found = apart.submit(held, parents, name, tmp_path / "v").result()
+    assert found < 1.05 * (parents[1].weight_bytes + more) + OTHER_BYTES

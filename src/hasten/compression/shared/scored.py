@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hasten.compression.shared.layerwise import Group, Treatment
 from hasten.compression.shared.sparsity import Sparsifier
+from hasten.model.grid import by_rows
 
 
 class Scored(Treatment):
@@ -23,4 +24,5 @@ class Scored(Treatment):
         assert self.squares is not None
         lengths, self.squares = self.squares.sqrt(), None
         for linear in group.linears:
-            linear.weight.masked_fill_(self.options.smallest(linear.weight.abs().double() * lengths), 0)
+            mask = by_rows(lambda rows: self.options.smallest(rows.abs().double() * lengths), linear.weight)
+            linear.weight.masked_fill_(mask, 0)
