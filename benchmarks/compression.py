@@ -42,7 +42,7 @@ METHODS = (
     "rtn,hqq,fp8,embedding,magnitude,wanda,smoothquant,awq,gptq,sparsegpt,"
     "low_rank:allocation=uniform,mixed:candidates=[4,8]"
 )
-TINY = ModelConfig(layers=2, hidden_size=64, heads=4, kv_heads=4, feed_forward_size=128, vocab_size=256, context=1024)
+TINY = ModelConfig(layers=2, hidden_size=128, heads=4, kv_heads=4, feed_forward_size=256, vocab_size=256, context=1024)
 PARENTS = {"embedding": "rtn"}
 """Methods that want another parent than floats."""
 
