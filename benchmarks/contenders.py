@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from hasten.evaluation.memory import peak_bytes
 from hasten.hardware import cores
 from hasten.model.config import ModelConfig
 from hasten.model.cost import cost_of
 from hasten.model.decoder import Decoder
 from hasten.model.shape import write_shape
+from hasten.peak import peak_bytes
 from hasten.training.data import Batch
 from hasten.training.loss import weighted_loss
 from hasten.training.optimiser import build_optimiser

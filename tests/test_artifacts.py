@@ -300,10 +300,15 @@ def test_artifact_bytes_hold_no_time_host_or_folder(tmp_path: Path) -> None:
     assert torch.equal(Checkpoint(tmp_path / "a").tensors()["model.norm.weight"].isfinite(), torch.ones(32).bool())
 
 
-def test_tensors_of_ones_own_are_equal_and_share_no_memory(tmp_path: Path) -> None:
+def test_stored_tensors_are_equal_to_views_and_share_no_memory(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "c")
-    views, own = checkpoint.tensors(), checkpoint.tensors(own=True)
-    assert list(views) == list(own)
+    views, stored = checkpoint.tensors(), checkpoint.stored().with_copy("head", "model.embed_tokens.weight")
+    assert list(stored) == [*views, "head"]
+    assert len(stored) == len(views) + 1
+    assert "head" in stored
+    assert "lm_head.weight" not in stored
+    own = dict(stored)
+    assert torch.equal(own.pop("head"), views["model.embed_tokens.weight"])
     assert all(torch.equal(own[name], value) for name, value in views.items())
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in own.values())
     assert len({value.data_ptr() for value in own.values()}) == len(own)

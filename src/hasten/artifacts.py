@@ -16,7 +16,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -199,13 +199,58 @@ class Tokens(Artifact):
             raise UserError(f"{self.path / name} is not a readable token file: {error}") from None
 
 
-def copied(path: Path, name: str) -> torch.Tensor:
-    """One tensor of a safetensors file, which is let go of again."""
-    from safetensors import safe_open
+@dataclass(frozen=True)
+class Place:
+    """Where a safetensors file has a tensor: its first byte, counted from the file's start, its type and shape."""
 
-    with safe_open(path, framework="pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name).clone()
-    return tensor
+    start_byte: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+@dataclass(frozen=True)
+class Stored(Mapping[str, "torch.Tensor"]):
+    """The tensors of a safetensors file, each read anew whenever it is asked for, into memory of its own: what is held
+    is what the caller keeps. The file is not mapped, so that no page of it counts as the process's.
+    """
+
+    path: Path
+    places: Mapping[str, Place]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import torch
+
+        place = self.places[name]
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        with unreadable(self.path), self.path.open("rb") as file:
+            file.seek(place.start_byte)
+            if file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
+                raise EOFError(f"it ends within {name}")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places  # without reading it
+
+    def with_copy(self, name: str, of: str) -> Stored:
+        """The same, with a tensor under a second name, the last."""
+        return Stored(self.path, {**self.places, name: self.places[of]})
+
+
+@contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Raises `UserError` where a file turns out to be no safetensors."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError, EOFError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
 
 
 class Checkpoint(Artifact):
@@ -216,25 +261,33 @@ class Checkpoint(Artifact):
         """`config.json`."""
         return read_json(self.path / "config.json")
 
-    def tensors(self, *, own: bool = False) -> dict[str, torch.Tensor]:
-        """Every tensor of `model.safetensors`, on the CPU: views of the file, read where they are touched, and held as
-        long as any of them is. own: copies, each in memory of its own, which can be given back one by one.
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of `model.safetensors`, on the CPU: views of the file, read where they are touched, and what was
+        read counts as memory of the process as long as any of them is held.
 
         Raises `UserError` if the file is missing or corrupt.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
+        path = self.weights_file
+        with unreadable(path), safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def stored(self) -> Stored:
+        """The same tensors, read one by one. Raises `UserError` as `tensors`."""
+        path, views = self.weights_file, self.tensors()  # checks the file, too
+        with path.open("rb") as file:
+            header = json.loads(file.read(size := int.from_bytes(file.read(8), "little")))
+        starts = {name: 8 + size + header[name]["data_offsets"][0] for name in views}
+        return Stored(path, {name: Place(starts[name], value.dtype, value.shape) for name, value in views.items()})
+
+    @property
+    def weights_file(self) -> Path:
+        """`model.safetensors`. Raises `UserError` if it is missing."""
         path = self.path / "model.safetensors"
         if not path.is_file():
             raise UserError(f"{path} does not exist; a checkpoint holds config.json and model.safetensors")
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = list(file.keys())
-                if not own:
-                    return {name: file.get_tensor(name) for name in names}
-            return {name: copied(path, name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+        return path
 
     @property
     def weight_bytes(self) -> int:

@@ -1,7 +1,4 @@
-import mmap
-import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,42 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hasten.evaluation import memory
-
-MIB = 2**20
-
-
-@pytest.mark.skipif(not os.access(memory.CLEAR_REFS, os.W_OK), reason="this system does not let a peak be reset")
-def test_the_peak_keeps_what_was_held_until_it_is_reset():
-    assert memory.reset_peak()
-    before, _ = memory.peak_bytes()
-    with mmap.mmap(-1, 64 * MIB) as block:  # not from the heap, which may hold what earlier tests freed
-        block.write(b"x" * (64 * MIB))
-    peak, why = memory.peak_bytes()
-    assert why is None
-    assert peak - before > 50 * MIB
-    memory.reset_peak()
-    after, _ = memory.peak_bytes()
-    assert after < peak - 50 * MIB
-
-
-def test_without_proc_the_peak_comes_from_getrusage(monkeypatch):
-    monkeypatch.setattr(memory, "STATUS", Path("/nonexistent"))
-    peak, why = memory.peak_bytes()
-    assert why is None
-    assert peak > MIB
-
-
-def test_a_peak_that_cannot_be_read_is_null_with_the_reason(monkeypatch):
-    monkeypatch.setattr(memory, "STATUS", Path("/nonexistent"))
-    monkeypatch.setitem(sys.modules, "resource", None)
-    peak, why = memory.peak_bytes()
-    assert peak is None
-    assert "getrusage" in why
-
-
-def test_a_peak_that_may_not_be_reset_is_no_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "no" / "such" / "file")
-    assert memory.reset_peak() is False
 
 
 @given(peak=st.none() | st.integers(0, 2**50), kv=st.none() | st.integers(0, 2**50))

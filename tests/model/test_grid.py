@@ -209,10 +209,12 @@ def test_large_matrices_are_computed_some_rows_at_a_time_with_the_same_result(mo
         return part
 
     whole = computed()
-    monkeypatch.setattr("hasten.model.grid.ROWS", 4)
+    monkeypatch.setattr("hasten.model.grid.WEIGHTS", 4 * 24 + 23)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(whole, computed(), strict=True))
     assert torch.equal(by_rows(counted, weight), weight)
     assert largest == 4
+    assert torch.equal(by_rows(counted, weight, rows=5), weight)
+    assert largest == 5
 
 
 INT4, INT8 = Grid(4, 8), Grid(8, 0)

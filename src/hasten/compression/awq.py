@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from hasten.artifacts import Checkpoint
 from hasten.compression.base import Calibration, Compressed
-from hasten.compression.shared.quantiser import Quantiser, Scale
+from hasten.compression.shared.quantiser import Quantiser, Scale, over
 from hasten.errors import UserError
 
 UNCLIPPED = ("q_proj", "k_proj", "lm_head")
@@ -51,7 +51,9 @@ class Awq(Quantiser):
         config, tensors = self.untied(parent)
         scaled = Protecting(self.grid, self.powers)
         walk(model, text, scaled)
-        tensors |= {name: value for name, value in changed(model, tensors).items() if not self.quantises(name)}
+        norms = {name: value for name, value in changed(model, tensors).items() if not self.quantises(name)}
         work = Clipping(self.grid, self.scale, plain=UNCLIPPED)
         walk(model, text, work, head=self.head, last=True)
-        return self.stored(config, tensors, work.integers, errors=work.errors, powers=scaled.powers)
+        del model  # what stays float, and was not scaled, comes from the parent's file
+        made = over(tensors, norms)
+        return self.stored(config, made, work.integers, errors=work.errors, powers=scaled.powers)

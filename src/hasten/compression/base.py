@@ -11,7 +11,10 @@ from hasten.artifacts import Checkpoint, Json, Variant, load_checkpoint
 from hasten.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
+    from torch import Tensor
 
     from hasten.model.decoder import Decoder
     from hasten.model.grid import Grid, Grids
@@ -137,8 +140,18 @@ def ancestor(parent: Checkpoint, name: str, field: str) -> Checkpoint:
 
 
 def like_parent(model: Decoder, parent: Checkpoint) -> dict[str, torch.Tensor]:
-    """A changed network's tensors, each in the type in which the parent stores it."""
+    """A changed network's tensors, each in the type in which the parent stores it. The network gives its weights up, so
+    that they are not in memory in both types.
+    """
     from hasten.model.huggingface import network_tensors
 
     types = {name: value.dtype for name, value in parent.tensors().items()}
-    return {name: value.to(types.get(name, value.dtype)) for name, value in network_tensors(model).items()}
+    left = network_tensors(model)
+    model.to("meta")
+    return {name: value.to(types.get(name, value.dtype)) for name, value in popped(left)}
+
+
+def popped(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """A dictionary's items, each taken out of it as its turn comes."""
+    for name in list(tensors):
+        yield name, tensors.pop(name)

@@ -45,13 +45,16 @@ class Fp8(Compressor):
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Round every linear layer. Raises `UserError` on a quantised parent."""
-        from hasten.model.grid import Grid, quantization_config
+        from hasten.model.grid import Grid, by_rows, quantization_config
 
-        config, tensors = untied(self, parent, head=self.head)
-        for name, weight in list(tensors.items()):
+        config, stored = untied(self, parent, head=self.head)
+        tensors: dict[str, Tensor] = {}
+        for name, weight in stored.items():
             if is_linear(name) and (self.head or name != "lm_head.weight"):
-                scale = nearest_scale(weight)
-                tensors[name], tensors[f"{name}_scale"] = rounded(weight, scale), scale
+                scale = by_rows(nearest_scale, weight)
+                tensors[name], tensors[f"{name}_scale"] = by_rows(rounded, weight, scale), scale
+            else:
+                tensors[name] = weight
         grid = Grid(8, 0, type="float")
         found = quantization_config(grid, [] if self.head else ["lm_head"])
         found["config_groups"]["group_0"]["input_activations"] = INPUTS if self.activations else None

@@ -55,4 +55,5 @@ class Gptq(Quantiser):
         config, tensors = self.untied(parent)
         work = Compensating(self.grid, self.scale, damping=self.damping, act_order=self.act_order)
         walk(model, text, work, head=self.head, last=True)
+        del model  # what stays float comes from the parent's file
         return self.stored(config, tensors, work.integers, errors=work.errors, damping_raised=work.raised)

@@ -84,7 +84,8 @@ class LowRank(Compressor):
         sizes = {name: size for name, size in matrix_sizes(model.config).items() if f"{self.which.value}." in name}
         ranks = self.ranks(model, text, sizes)
         work = Cutting(ranks)
-        look(model, text, work)
+        look(model, text, work, last=True)
+        del model  # what stays whole comes from the parent's file
         tensors = parent.tensors()
         for name, (outer, inner) in work.factors.items():
             dtype = tensors.pop(f"{name}.weight").dtype
@@ -126,19 +127,22 @@ def weights(size: tuple[int, int], rank: int | None = None) -> int:
     return rank * sum(size) if rank else size[0] * size[1]
 
 
-def look(model: Decoder, text: Calibration | None, work: Cutting | Spectra) -> None:
-    """Take every matrix on what it is given; without text, on inputs that are all alike."""
+def look(model: Decoder, text: Calibration | None, work: Cutting | Spectra, *, last: bool = False) -> None:
+    """Take every matrix on what it is given; without text, on inputs that are all alike. last: as of `walk`."""
     import torch
 
     from hasten.compression.shared.layerwise import Inputs, groups, walk
 
     if text is not None:
-        walk(model, text, work)
+        walk(model, text, work, last=last)
         return
     with torch.no_grad():
         for group in groups(model, head=False):
             ones = torch.ones(group.linears[0].in_features, dtype=torch.float64)
             work.settle(group, Inputs(ones.diag(), ones, ones))
+            if last:
+                for linear in group.linears:
+                    linear.to("meta")
 
 
 def allotted(energies: dict[str, Tensor], sizes: Sizes, keep: float, step: int) -> dict[str, int]:

@@ -24,10 +24,11 @@ class Magnitude(Sparsifier):
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Set weights to zero. Raises `UserError` on a quantised parent."""
         self.refuse_quantised(parent)
-        tensors = parent.tensors()
-        self.refuse_widths(tensors)
-        for name, weight in tensors.items():
+        self.refuse_widths(parent.tensors())
+        tensors = {}
+        for name, weight in parent.stored().items():
             if is_inner(name):
                 rows = weight if self.pattern == "2:4" else weight.view(1, -1)  # compared over the whole matrix
-                tensors[name] = weight.masked_fill(self.smallest(rows.abs()).view(weight.shape), 0)
+                weight.masked_fill_(self.smallest(rows.abs()).view(weight.shape), 0)
+            tensors[name] = weight
         return Compressed(dict(parent.config), tensors, None, zeros(tensors))

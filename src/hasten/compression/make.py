@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import fields
 from enum import Enum
@@ -12,17 +11,21 @@ from typing import Any
 from hasten.artifacts import Checkpoint, Variant, replacing
 from hasten.compression.base import Calibration, Compressor
 from hasten.errors import UserError
+from hasten.peak import peak_bytes, reset_peak, return_freed_memory
 
 
 def make_variant(
     method: Compressor, parent: Checkpoint, calibration: Calibration | None, *, name: str, target: Path, seed: int
 ) -> tuple[Variant, dict[str, float]]:
-    """Compress `parent` and write the variant to `target`; the variant and what making it cost.
+    """Compress `parent` and write the variant to `target`; the variant and what making it cost: seconds (without
+    writing), tokens, and the most memory that the process held meanwhile, what it held before included.
 
     Raises `UserError` if the method refuses, or if what it made holds NaN or infinite values.
     """
     from hasten.model.huggingface import finite, save_checkpoint
 
+    return_freed_memory()
+    reset_peak()
     start = time.perf_counter()
     made = method.compress(parent, calibration, seed)
     seconds = time.perf_counter() - start
@@ -47,10 +50,11 @@ def make_variant(
     }
     with replacing(target) as folder:
         save_checkpoint(folder, made.config, made.tensors, parent.path, manifest, made.files)
+    peak, _ = peak_bytes()
     cost = {
         "build_seconds": seconds,
         "build_tokens": float(calibration.tokens) if calibration else 0.0,
-        "build_peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0,
+        **({} if peak is None else {"build_peak_memory_bytes": float(peak)}),
         **made.cost,
     }
     return Variant(target), cost

@@ -39,6 +39,8 @@ FLOAT = 16
 """The candidate that leaves floats, counted as engines hold them."""
 BITS = (4, 8, FLOAT)
 SCALE_BYTES = 2
+TOKENS = 64
+"""Tokens whose distributions are computed with at once."""
 
 
 class Rounding(Enum):
@@ -81,12 +83,14 @@ class Mixed(Compressor):
         """Measure, choose, round. Raises `UserError` on a quantised parent, another network, without text, or for a
         budget below that of the smallest candidate.
         """
+        from torch import nn
+
         from hasten.compression.shared.layerwise import groups
         from hasten.model.grid import Grid, Grids, quantise
 
         text, model = self.given(calibration), self.network(parent)
         if self.head:
-            model.untie()
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach())  # to be replaced alone, if it is tied
         units, on = groups(model, head=self.head), {bits: Grid(bits, self.group_size) for bits in self.integral}
         rounded: dict[int, dict[str, Integers]] = {bits: {} for bits in on}
         for name, linear in ((name, one) for unit in units for name, one in zip(unit.names, unit.linears, strict=True)):
@@ -110,10 +114,12 @@ class Mixed(Compressor):
         }
         chosen = {name: bits for unit, bits in zip(units, bits_of, strict=True) for name in unit.names}
         grids = Grids({name: on[bits] for name, bits in chosen.items() if bits in on})
+        integers = {f"{name}.weight": rounded[grid.bits][name] for name, grid in grids.by_name.items()}
+        del rounded, units  # of the rest nothing is needed
         if self.rounding is Rounding.gptq:
+            integers.clear()
             integers = self.compensated(model, text, grids)
-        else:
-            integers = {f"{name}.weight": rounded[grid.bits][name] for name, grid in grids.by_name.items()}
+        del model
         return on_grid(grids, *untied(self, parent, head=grids.covers("lm_head")), integers, notes)
 
     @property
@@ -170,8 +176,20 @@ def divergences(
                 for bits, integers in rounded.items():
                     with replaced(unit, integers):
                         after = rows.predictions(places.get(id(unit.block), len(places)))
-                    total[bits] += float((before.exp() * (before - after)).sum(dtype=torch.float64))
+                    total[bits] += divergence(before, after)
+                    del after  # before the next one
     return [{bits: max(0.0, value / max(1, tokens)) for bits, value in total.items()} for total in sums]
+
+
+def divergence(before: Tensor, after: Tensor) -> float:
+    """The KL divergence of distributions, (tokens, vocabulary) log-probabilities, summed over tokens. Overwrites
+    `after`, so that there is no third matrix of this size.
+    """
+    import torch
+
+    for old, new in zip(before.split(TOKENS), after.split(TOKENS), strict=True):
+        torch.sub(old, new, out=new).mul_(old.exp())
+    return float(after.sum(dtype=torch.float64))
 
 
 class Rows:
@@ -194,7 +212,9 @@ class Rows:
         for block, seen in self.blocks[place:]:
             x = block(x, seen, None)
         logits: Tensor = self.head(self.stack.norm(x)[:, :-1][self.counts])
-        return logits.float().log_softmax(-1)
+        for part in logits.split(TOKENS):
+            part.copy_(part.log_softmax(-1))
+        return logits
 
 
 @contextmanager

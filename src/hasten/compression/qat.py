@@ -48,9 +48,10 @@ class Qat(Recovery, Quantiser):
         linears = [(name, module) for name, module in student.named_modules() if isinstance(module, nn.Linear)]
         with on_grid([module for name, module in linears if self.quantises(f"{name}.weight")], self.grid):
             learning = self.train(student, parent, text, seed)
-        tensors, integers = like_parent(student, parent), {}
+        integers = {}
         for name, weight in student.state_dict().items():
             if self.quantises(name):
                 scale = nearest_scale(weight, self.grid)
                 integers[name] = quantise(weight, scale, self.grid), scale
+        tensors = like_parent(student, parent)
         return replace(self.stored(config, tensors, integers), cost=learning.cost, curves=learning.curves)

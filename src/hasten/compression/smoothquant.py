@@ -48,5 +48,6 @@ class Smoothquant(Quantiser):
         text, model = self.given(calibration), self.network(parent)
         config, tensors = self.untied(parent)
         walk(model, text, Smoothing(self.alpha))
-        tensors |= changed(model, tensors)
-        return self.nearest(config, tensors, lambda weight: nearest_scale(weight, self.grid))
+        scaled = changed(model, tensors)
+        del model  # `scaled` alone has its matrices now, and gives them up one by one
+        return self.nearest(config, tensors, lambda weight: nearest_scale(weight, self.grid), scaled)

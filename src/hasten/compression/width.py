@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -72,9 +72,10 @@ class Width(Compressor):
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Slice every matrix. Raises `UserError` on a quantised parent, or if nothing would be narrower."""
         text, model = self.given(calibration), self.network(parent)
-        shape = self.shape(model.config)
-        found = observe(model, text)
-        kept = Kept.best(shape, model.config, found)
+        before = model.config
+        shape, found = self.shape(before), observe(model, text)
+        del model  # what is left comes from the parent's file
+        kept = Kept.best(shape, before, found)
         config = {
             **parent.config,
             "hidden_size": shape.hidden_size,
@@ -83,7 +84,7 @@ class Width(Compressor):
             "num_key_value_heads": shape.kv_heads,
             "head_dim": shape.head_width,
         }
-        tensors = narrowed(parent.tensors(), shape, model.config, kept, found)
+        tensors = narrowed(parent.stored(), shape, before, kept, found)
         return Compressed(config, tensors, None, {"importance_kept": kept.shares(found)})
 
     def shape(self, before: ModelConfig) -> ModelConfig:
@@ -256,7 +257,7 @@ def hidden_norms(model: Decoder) -> dict[str, nn.Module]:
 
 
 def narrowed(
-    tensors: dict[str, Tensor], after: ModelConfig, before: ModelConfig, kept: Kept, found: Found
+    tensors: Mapping[str, Tensor], after: ModelConfig, before: ModelConfig, kept: Kept, found: Found
 ) -> dict[str, Tensor]:
     """A checkpoint's tensors with what stays of them, each in its own type."""
     result = {}

@@ -1,8 +1,4 @@
-"""Peak memory: the most that this process held at once, in physical memory (resident set size) and on GPUs.
-
-Linux keeps the high-water mark as `VmHWM` in /proc/self/status and lets a process reset it (proc(5),
-`clear_refs` value 5). `ru_maxrss` is the fallback elsewhere; it cannot be reset and, on Linux, starts
-at what the parent held when it started this process, so `VmHWM` comes first.
+"""Peak memory: the most that this process held at once, on GPUs (in physical memory: `hasten.peak`).
 
 On a GPU nobody keeps the high-water mark of a process unless it allocates through torch, which counts
 what it gave out. Otherwise NVML tells what the process holds at the moment; read after the last request
@@ -24,35 +20,6 @@ from typing import Any
 
 from hasten.evaluation.contention import family
 from hasten.evaluation.gpu import Gpus
-
-STATUS = Path("/proc/self/status")
-CLEAR_REFS = Path("/proc/self/clear_refs")
-
-
-def reset_peak() -> bool:
-    """Start the high-water mark anew at what is held now; False where the system does not allow it."""
-    try:
-        CLEAR_REFS.write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_bytes() -> tuple[int | None, str | None]:
-    """(bytes, None), or (None, why it could not be read)."""
-    try:
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024, None
-    except OSError:
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None, f"{sys.platform} has neither /proc/self/status nor getrusage"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = 1 if sys.platform == "darwin" else 1024
-    return (peak * unit, None) if peak > 0 else (None, "getrusage reports no peak")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from hasten import peak
 from hasten.artifacts import Variant, load_checkpoint
 from hasten.engine.base import Session
 from hasten.errors import UserError
@@ -113,7 +114,7 @@ def load(job: Job, line: Line, *, stop_after_build: bool = False) -> tuple[Outco
         outcome.why["affinity"] = f"{sys.platform} does not confine processes to cores"
     cached = _files(job.cache)
     line.doing("loading")
-    memory.reset_peak()
+    peak.reset_peak()
     session = job.engine.load(variant, job.cache)
     gc.collect()
     gc.freeze()  # the collector must not walk through the libraries' many objects while requests are timed
@@ -146,7 +147,7 @@ def measure(job: Job, line: Line, *, stop_after_build: bool = False) -> Outcome:
             assert prompts is not None
             outcome.speed[name] = repetitions(job, name, scenario, session, prompts)
         outcome.memory = session.memory()
-        outcome.peak_memory_bytes, why = memory.peak_bytes()
+        outcome.peak_memory_bytes, why = peak.peak_bytes()
         if why:
             outcome.why["peak_memory_bytes"] = why
         gpu = memory.gpu_bytes(job.engine.devices)

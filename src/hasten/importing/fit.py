@@ -54,13 +54,10 @@ def fitting_shape(config: Json, stored: dict[str, Stored]) -> ModelConfig:
 
 def expected_shapes(config: ModelConfig) -> Shapes:
     """Every tensor of a checkpoint with that shape; a tied head is stored once. Nothing is allocated."""
-    import torch
-
-    from hasten.model.decoder import Decoder
+    from hasten.model.shape import outline
 
     try:
-        with torch.device("meta"):
-            held = Decoder(config).state_dict()
+        held = outline(config).state_dict()
     except RuntimeError as error:  # more bytes than 64 bits can count
         raise UserError(f"config.json asks for tensors of an impossible size: {error}") from None
     return {name: tuple(value.shape) for name, value in held.items() if name != HEAD or not config.tied_head}

@@ -129,12 +129,9 @@ class NetworkCost(ABC):
 
     def shapes(self) -> dict[str, Matrix]:
         """Every matrix by its name in a checkpoint (without `.weight`)."""
-        import torch
+        from hasten.model.shape import outline
 
-        from hasten.model.shape import build
-
-        with torch.device("meta"):
-            tensors = build(self.config).state_dict()
+        tensors = outline(self.config).state_dict()
         return {
             name.removesuffix(".weight"): Matrix(*value.shape) for name, value in tensors.items() if value.dim() == 2
         }

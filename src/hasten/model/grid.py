@@ -31,7 +31,9 @@ TYPES = ("int", "float")
 SMALLEST_SCALE = 2.0**-24  # the smallest float16 above zero
 LARGEST_SCALE = 65280.0  # the largest bfloat16 below float16's end
 ROWS = 4096
-"""Rows of a matrix that are computed with at once: a head has one for every word."""
+"""Rows of a matrix that are multiplied at once: a head has one for every word."""
+WEIGHTS = 2**17
+"""About as many weights are computed with at once, weight by weight: what is computed on the way stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -159,18 +161,19 @@ def portable_scale(scale: torch.Tensor) -> torch.Tensor:
     return rounded.clamp(min=SMALLEST_SCALE)
 
 
-def by_rows(function: Callable[..., torch.Tensor], *matrices: torch.Tensor) -> torch.Tensor:
-    """function(*matrices), where each row of the result comes from the same row of each: some rows at a time, so that
-    what is computed on the way stays small.
+def by_rows(function: Callable[..., torch.Tensor], *matrices: torch.Tensor, rows: int = 0) -> torch.Tensor:
+    """function(*matrices), where each row of the result comes from the same row of each: some rows at a time (0: such
+    that the first has `WEIGHTS` there), so that what is computed on the way stays small.
     """
-    parts = zip(*(matrix.split(ROWS) for matrix in matrices), strict=True)
+    rows = rows or max(1, WEIGHTS // max(1, matrices[0].shape[1]))
+    parts = zip(*(matrix.split(rows) for matrix in matrices), strict=True)
     first = function(*next(parts))
-    if len(matrices[0]) <= ROWS:
+    if len(matrices[0]) <= rows:
         return first
     result = first.new_empty(len(matrices[0]), *first.shape[1:])
-    result[:ROWS] = first
+    result[:rows] = first
     for number, part in enumerate(parts, 1):
-        result[number * ROWS : (number + 1) * ROWS] = function(*part)
+        result[number * rows : (number + 1) * rows] = function(*part)
     return result
 
 

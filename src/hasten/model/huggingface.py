@@ -8,7 +8,7 @@ What is written opens in transformers (`AutoModelForCausalLM.from_pretrained`): 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from hasten.artifacts import SCHEMA, Checkpoint, Json, write_json
 from hasten.errors import UserError
-from hasten.model.grid import floats, grid_of
+from hasten.model.grid import floats, grid_of, quantised_names
 from hasten.model.network import Network
-from hasten.model.shape import build, read_shape
+from hasten.model.shape import outline, read_shape
 from hasten.sources import licence_files
 
 TOKENIZER_FILES = (
@@ -42,18 +42,18 @@ def finite(tensor: Tensor) -> bool:
 
 
 def load_network(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, own: bool = False) -> Network:
-    """The network of a checkpoint, integers dequantised. own: as for `Checkpoint.tensors`.
+    """The network of a checkpoint, integers dequantised. own: a float checkpoint's tensors are copies, each in memory
+    of its own that can be given back; else they are views of the file where they have the type asked for.
 
     Raises `UserError` if tensors and config disagree.
     """
     config = read_shape(checkpoint.config)
-    stored = floats(checkpoint.tensors(own=own), grid_of(checkpoint))
-    for name, value in stored.items():
+    tensors: dict[str, Tensor] = {}
+    for name, value in in_turn(checkpoint, own=own):
         if not finite(value):
             raise UserError(f"{checkpoint.path}: tensor {name} holds NaN or infinite values")
-    tensors = {name: stored.pop(name).to(dtype) for name in list(stored)}
-    with torch.device("meta"):
-        model = build(config)
+        tensors[name] = value.to(dtype)
+    model = outline(config)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if config.tied_head:
         tensors["lm_head.weight"] = tensors.get(EMBEDDING, torch.empty(0))
@@ -68,6 +68,16 @@ def load_network(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, *, 
     return model
 
 
+def in_turn(checkpoint: Checkpoint, *, own: bool) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors by name, integers dequantised; nobody else holds one that was handed out."""
+    if own and not quantised_names(checkpoint.tensors()):
+        yield from checkpoint.stored().items()
+        return
+    stored = floats(checkpoint.tensors(), grid_of(checkpoint))
+    for name in list(stored):
+        yield name, stored.pop(name)
+
+
 def checked_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """A checkpoint's tensors as they are stored, floats and integers.
 
@@ -75,8 +85,7 @@ def checked_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """
     tensors = checkpoint.tensors()
     others = {*tensors}
-    with torch.device("meta"):
-        model = build(read_shape(checkpoint.config))
+    model = outline(read_shape(checkpoint.config))
     for name, value in model.state_dict().items():
         packed = f"{name}_packed" in tensors
         if name == "lm_head.weight" and model.config.tied_head and name not in tensors and not packed:

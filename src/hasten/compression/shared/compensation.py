@@ -15,7 +15,7 @@ from torch import Tensor
 from hasten.compression.shared.layerwise import Group, Inputs
 from hasten.compression.shared.quantiser import Integers, Scale, chosen_scale
 from hasten.compression.shared.rounding import Rounding
-from hasten.model.grid import Grid, Grids, by_rows
+from hasten.model.grid import ROWS, Grid, Grids, by_rows
 
 BLOCK = 128
 """Columns whose errors reach the rest of the matrix together."""
@@ -33,7 +33,7 @@ class Compensating(Rounding):
         diagonal = inputs.gram.diagonal()
         columns = torch.arange(len(diagonal))
         self.order = diagonal.argsort(descending=True, stable=True) if self.act_order else columns
-        self.factor, damping = inverse_factor(inputs.gram[self.order[:, None], self.order], self.damping)
+        self.factor, damping = inverse_factor(inputs.gram, self.damping, self.order)
         if damping > self.damping:
             self.raised[group.names[0]] = damping
         super().settle(group, inputs)
@@ -42,25 +42,36 @@ class Compensating(Rounding):
     def rounded(self, name: str, weight: Tensor, inputs: Inputs) -> Integers:
         grid, order = self.grid.of(name), self.order
         scale = chosen_scale(weight, grid, self.how, inputs.gram.diagonal())
-        return by_rows(lambda rows, steps: compensated(rows, steps, self.factor, order, grid), weight, scale), scale
+
+        def integers(weight: Tensor, scale: Tensor) -> Tensor:
+            return compensated(weight, scale, self.factor, order, grid)
+
+        return by_rows(integers, weight, scale, rows=ROWS), scale
 
 
-def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U with U^T U = (H + damping * its mean diagonal)^-1, upper triangular, and the damping that it took.
+def inverse_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+    """U with U^T U = (H + damping * its mean diagonal)^-1, upper triangular, and the damping that it took. order: of
+    H's rows and columns, (in,), if it is to be another one.
 
-    With the rows and columns of H in reverse order its Cholesky factor, reversed again, is U^-1.
+    With the rows and columns of H in reverse order its Cholesky factor, reversed again, is U^-1. At no time are there
+    more than two matrices beside H.
     """
-    unused = gram.diagonal() == 0
+
+    def ordered() -> Tensor:
+        return gram if order is None else gram[order[:, None], order]
+
+    own = ordered().diagonal()
+    own, mean = own.clone(), own.mean()
     while True:
-        diagonal = gram.diagonal() + damping * gram.diagonal().mean()
-        diagonal[unused] = 1  # alone in their rows: any value will do
-        matrix = gram.flip(0, 1)
+        diagonal = own + damping * mean
+        diagonal[own == 0] = 1  # never used, so alone in their rows: any value will do
+        matrix = ordered().flip(0, 1)
         matrix.diagonal().copy_(diagonal.flip(0))
         matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             matrix = matrix.flip(0, 1)
-            unit = torch.eye(len(gram), dtype=gram.dtype)
-            return torch.linalg.solve_triangular(matrix, unit, upper=True), damping
+            inverse = torch.eye(len(gram), dtype=gram.dtype).T  # in the order of LAPACK, which overwrites it
+            return torch.linalg.solve_triangular(matrix, inverse, upper=True, out=inverse), damping
         damping = max(10 * damping, 1e-6)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from hasten.artifacts import Checkpoint, Json
+from hasten.artifacts import Checkpoint, Json, Stored
 from hasten.compression.base import Compressed, Compressor
 from hasten.errors import UserError, one_of
 
@@ -63,7 +64,7 @@ class Quantiser(Compressor):
 
         return Grid(self.bits, self.group_size, self.symmetric)
 
-    def untied(self, parent: Checkpoint) -> tuple[Json, dict[str, Tensor]]:
+    def untied(self, parent: Checkpoint) -> tuple[Json, Stored]:
         """As `untied`, if the head is to be quantised."""
         return untied(self, parent, head=self.head)
 
@@ -71,16 +72,25 @@ class Quantiser(Compressor):
         """Whether a checkpoint's tensor becomes integers."""
         return is_linear(name) and (self.head or name != "lm_head.weight")
 
-    def nearest(self, config: Json, tensors: Mapping[str, Tensor], scale: Callable[[Tensor], Tensor]) -> Compressed:
-        """The variant with every matrix rounded to nearest. scale: of a matrix, (out, in) -> (out, groups)."""
+    def nearest(
+        self,
+        config: Json,
+        tensors: Mapping[str, Tensor],
+        scale: Callable[[Tensor], Tensor],
+        changed: dict[str, Tensor] | None = None,
+    ) -> Compressed:
+        """The variant with every matrix rounded to nearest. scale: of a matrix, (out, in) -> (out, groups). changed:
+        tensors to take instead; matrices are taken out of it as they are rounded.
+        """
         from hasten.model.grid import by_rows, quantise
 
-        integers = {}
-        for name, weight in tensors.items():
-            if self.quantises(name):
-                found = by_rows(scale, weight)
-                integers[name] = quantise(weight, found, self.grid), found
-        return self.stored(config, tensors, integers)
+        integers, changed = {}, changed or {}
+        for name in filter(self.quantises, tensors):
+            weight = changed.pop(name) if name in changed else tensors[name]
+            found = by_rows(scale, weight)
+            integers[name] = quantise(weight, found, self.grid), found
+            del weight  # before the next one is read
+        return self.stored(config, over(tensors, changed), integers)
 
     def stored(
         self, config: Json, tensors: Mapping[str, Tensor], integers: dict[str, Integers], **facts: Any
@@ -90,20 +100,25 @@ class Quantiser(Compressor):
         return on_grid(self.grid, config, tensors, integers, facts)
 
 
-def untied(method: Compressor, parent: Checkpoint, *, head: bool) -> tuple[Json, dict[str, Tensor]]:
-    """The parent's config and tensors; head: with a head of its own, which is to become integers.
+def untied(method: Compressor, parent: Checkpoint, *, head: bool) -> tuple[Json, Stored]:
+    """The parent's config and tensors, read one by one; head: with a head of its own, which is to become integers.
 
     Raises `UserError` on a quantised parent.
     """
     from hasten.model.grid import quantised_names
 
-    config, tensors = dict(parent.config), parent.tensors()
-    if quantised_names(tensors):
+    config, tensors = dict(parent.config), parent.stored()
+    if quantised_names(parent.tensors()):
         raise UserError(f"{method.name} needs a float parent, got {parent.path} which is already quantised")
     if head and config.get("tie_word_embeddings"):
         config["tie_word_embeddings"] = False
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        tensors = tensors.with_copy("lm_head.weight", "model.embed_tokens.weight")
     return config, tensors
+
+
+def over(tensors: Mapping[str, Tensor], changed: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors with some of them changed; the others are not asked for before they are needed."""
+    return ChainMap(changed, cast("dict[str, Tensor]", tensors))
 
 
 def on_grid(
@@ -111,17 +126,18 @@ def on_grid(
 ) -> Compressed:
     """A variant: matrices (by tensor name) as integers, every other tensor as it is. facts: for the manifest.
 
-    Takes each out of `integers` as it is packed, so that they are not in memory twice.
+    Takes each out of `integers` as it is packed, so that they are not in memory twice; of `tensors` (of a file, read
+    when they are asked for: `Checkpoint.stored`) those alone that stay as they are.
     """
     from hasten.model.grid import quantization_config, stored
 
     result: dict[str, Tensor] = {}
-    for name, value in tensors.items():
+    for name in tensors:
         if name in integers:
             matrix = name.removesuffix(".weight")
             result.update(stored(matrix, *integers.pop(name), grid.of(matrix)))
         else:
-            result[name] = value
+            result[name] = tensors[name]
     linear = {**dict.fromkeys(name for name in tensors if is_linear(name)), "lm_head.weight": None}  # tied or not
     ignored = [name.removesuffix(".weight") for name in linear if f"{name}_packed" not in result]
     return Compressed({**config, "quantization_config": quantization_config(grid, ignored)}, result, grid, facts)
@@ -156,11 +172,12 @@ def full_scale(weight: Tensor, grid: Grid) -> Tensor:
 
 def chosen_scale(weight: Tensor, grid: Grid, how: Scale, metric: Tensor | None = None) -> Tensor:
     """Scales by nearest or by a search that never does worse. metric: as in `group_errors`."""
-    from hasten.model.grid import by_rows
+    from hasten.model.grid import ROWS, by_rows
 
     if how is Scale.nearest:
         return by_rows(lambda part: nearest_scale(part, grid), weight)
-    return by_rows(lambda part: searched_scale(part, grid, how, metric), weight)
+    multiplied = metric is not None and metric.dim() == 2
+    return by_rows(lambda part: searched_scale(part, grid, how, metric), weight, rows=ROWS if multiplied else 0)
 
 
 def searched_scale(weight: Tensor, grid: Grid, how: Scale, metric: Tensor | None) -> Tensor:

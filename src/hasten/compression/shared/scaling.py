@@ -84,11 +84,11 @@ class Clipping(Rounding):
 
 
 def changed(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What differs from a checkpoint's tensors, as float32; of matrices that are rounded next, all."""
+    """What differs from a checkpoint's tensors, as float32: norms, biases; of matrices that are rounded next, all."""
     return {
         name: value
         for name, value in network_tensors(model).items()
-        if name.endswith("_proj.weight") or not torch.equal(value, tensors[name].float())
+        if name.endswith("_proj.weight") or (value.dim() == 1 and not torch.equal(value, tensors[name].float()))
     }
 
 

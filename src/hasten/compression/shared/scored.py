@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hasten.compression.shared.layerwise import Group, Treatment
 from hasten.compression.shared.sparsity import Sparsifier
+from hasten.model.grid import by_rows
 
 
 class Scored(Treatment):
@@ -16,11 +17,12 @@ class Scored(Treatment):
         self.squares: Tensor | None = None
 
     def see(self, x: Tensor) -> None:
-        seen = x.double().square().sum(0)
+        seen = x.double().square_().sum(0)
         self.squares = seen if self.squares is None else self.squares + seen
 
     def treat(self, group: Group) -> None:
         assert self.squares is not None
         lengths, self.squares = self.squares.sqrt(), None
         for linear in group.linears:
-            linear.weight.masked_fill_(self.options.smallest(linear.weight.abs().double() * lengths), 0)
+            mask = by_rows(lambda rows: self.options.smallest(rows.abs().double() * lengths), linear.weight)
+            linear.weight.masked_fill_(mask, 0)

@@ -23,12 +23,12 @@ class Surgeon(Summing):
     def settle(self, group: Group, inputs: Inputs) -> None:
         factor, _ = inverse_factor(inputs.gram, self.options.damping)
         for linear in group.linears:
-            linear.weight.copy_(operated(linear.weight.double(), factor, self.options))
+            linear.weight.copy_(operated(linear.weight, factor, self.options))
 
 
 def operated(weight: Tensor, factor: Tensor, options: Sparsegpt) -> Tensor:
-    """A matrix (out, in) with weights at zero and the others moved, all float64."""
-    weight, columns = weight.clone(), weight.shape[1]
+    """A matrix (out, in) with weights at zero and the others moved, in float64."""
+    weight, columns = weight.to(torch.float64, copy=True), weight.shape[1]
     for start in range(0, columns, options.block):
         end = min(start + options.block, columns)
         errors = torch.zeros_like(weight[:, start:end])

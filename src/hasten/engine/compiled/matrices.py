@@ -25,7 +25,7 @@ from hasten.artifacts import Checkpoint
 from hasten.engine.compiled.kernels import Packed, Product, fixed
 from hasten.errors import UserError
 from hasten.model.grid import Grid, Grids, grid_of, integers
-from hasten.model.shape import build, read_shape
+from hasten.model.shape import outline, read_shape
 
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_ROWS = 16
@@ -148,8 +148,7 @@ class Stored:
 
     def __init__(self, variant: Checkpoint, dtype: torch.dtype, product: Callable[[Grid], Product]) -> None:
         self.product = product
-        with torch.device("meta"):
-            model = build(read_shape(variant.config))
+        model = outline(read_shape(variant.config))
         self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self.tensors, self.grid, self.dtype, self.path = variant.tensors(), grid_of(variant), dtype, variant.path
 

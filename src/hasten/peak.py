@@ -1,0 +1,56 @@
+"""The most memory that this process held at once: physical memory (resident set size), of which no page is left out.
+
+Linux keeps the high-water mark as `VmHWM` in /proc/self/status and lets a process reset it (proc(5),
+`clear_refs` value 5). `ru_maxrss` is the fallback elsewhere; it cannot be reset and, on Linux, starts
+at what the parent held when it started this process, so `VmHWM` comes first.
+
+Counted are pages that the process has written (anonymous) and pages of files that it has mapped and read, though the
+system could take those back at any time: a tensor that is a view of a safetensors file counts once it was touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
+LARGE_BYTES = 5 * 2**18
+
+
+def reset_peak() -> bool:
+    """Start the high-water mark anew at what is held now; False where the system does not allow it."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes() -> tuple[int | None, str | None]:
+    """(bytes, None), or (None, why it could not be read)."""
+    try:
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024, None
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:
+        return None, f"{sys.platform} has neither /proc/self/status nor getrusage"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return (peak * unit, None) if peak > 0 else (None, "getrusage reports no peak")
+
+
+def return_freed_memory() -> None:
+    """Let every large block go back to the system as soon as it is freed, where glibc allocates.
+
+    By default it moves the size from which it does so up to 32 MB, as blocks are freed (`mallopt(3)`); smaller ones are
+    then cut from a heap that keeps what lies between two blocks that live on.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-3, LARGE_BYTES)  # M_MMAP_THRESHOLD: set, it no longer moves
