@@ -1,5 +1,6 @@
 import mmap
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,3 +43,17 @@ def test_a_peak_that_cannot_be_read_is_null_with_the_reason(monkeypatch):
 def test_a_peak_that_may_not_be_reset_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setattr(peak, "CLEAR_REFS", tmp_path / "no" / "such" / "file")
     assert peak.reset_peak() is False
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+def test_processes_that_were_started_count_while_they_live():
+    hold = f"block = b'x' * {64 * MIB}; print('held', flush=True); input()"
+    before, _ = peak.peak_bytes()
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"held\n"
+        during, _ = peak.peak_bytes()
+        child.communicate(b"\n")
+    after, _ = peak.peak_bytes()
+    assert during - before > 64 * MIB
+    assert after < during - 60 * MIB

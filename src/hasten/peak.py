@@ -1,4 +1,4 @@
-"""The most memory that this process held at once: physical memory (resident set size), of which no page is left out.
+"""The most memory that this process and those it started held at once: physical memory (resident set size), of which no page is left out.
 
 Linux keeps the high-water mark as `VmHWM` in /proc/self/status and lets a process reset it (proc(5),
 `clear_refs` value 5). `ru_maxrss` is the fallback elsewhere; it cannot be reset and, on Linux, starts
@@ -6,6 +6,7 @@ at what the parent held when it started this process, so `VmHWM` comes first.
 
 Counted are pages that the process has written (anonymous) and pages of files that it has mapped and read, though the
 system could take those back at any time: a tensor that is a view of a safetensors file counts once it was touched.
+Of several processes (vLLM computes in others) each one's mark is added: pages that they share count in each.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import platform
 import sys
 from pathlib import Path
 
+import psutil
+
+PROC = Path("/proc")
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 LARGE_BYTES = 5 * 2**18
@@ -24,19 +28,31 @@ def reset_peak() -> bool:
     """Start the high-water mark anew at what is held now; False where the system does not allow it."""
     try:
         CLEAR_REFS.write_text("5")
+        for pid in started():
+            (PROC / f"{pid}/clear_refs").write_text("5")
     except OSError:
         return False
     return True
 
 
+def started() -> list[int]:
+    """The processes that this one started and that are still there, and those that they started."""
+    return [process.pid for process in psutil.Process().children(recursive=True)]
+
+
+def mark(status: Path) -> int | None:
+    """`VmHWM` in bytes, None where there is none (in a process that ended, for one)."""
+    try:
+        lines = status.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
 def peak_bytes() -> tuple[int | None, str | None]:
     """(bytes, None), or (None, why it could not be read)."""
-    try:
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024, None
-    except OSError:
-        pass
+    if own := mark(STATUS):
+        return own + sum(mark(PROC / f"{pid}/status") or 0 for pid in started()), None
     try:
         import resource
     except ImportError:

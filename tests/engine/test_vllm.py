@@ -310,7 +310,10 @@ def test_what_vllm_does_not_read_is_refused(variant: Variant, tmp_path: Path, st
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"devices": ["cpu", "cuda:0"]}, r"must be different CUDA devices .* or \[cpu\] for vllm, got \['cpu', 'cuda:0'\]"),
+        (
+            {"devices": ["cpu", "cuda:0"]},
+            r"must be different CUDA devices .* or \[cpu\] for vllm, got \['cpu', 'cuda:0'\]",
+        ),
         ({"devices": ["cpu"], "parallel": Parallel.tensor}, r"got tensor for \['cpu'\]"),
         ({"devices": ["cpu"], "fp8_kv_cache": True}, r"engine.fp8_kv_cache must be false on devices \[cpu\], got true"),
         ({"devices": []}, "engine.devices must be different CUDA devices"),

@@ -50,9 +50,7 @@ def test_the_build_says_what_it_is_for(
     assert build.installed() == found
 
 
-def test_a_build_runs_on_what_it_was_built_for(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, on_cpu: None
-) -> None:
+def test_a_build_runs_on_what_it_was_built_for(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, on_cpu: None) -> None:
     wide = shelf.variant("llama-llama3")
     assert Vllm(**CPU).supports(wide).native_format == "bfloat16"
     words = 'the vLLM that is installed was built for cpu: devices must be [cpu] (or "hasten[vllm]")'
@@ -67,6 +65,7 @@ def test_it_is_told_threads_cores_and_pages(shelf: Shelf, on_cpu: None, monkeypa
     monkeypatch.setattr(build, "cores", lambda count: list(range(4, 4 + count)))
     assert build.variables(2) == {
         "VLLM_CPU_OMP_THREADS_BIND": "4,5", "OMP_NUM_THREADS": "2", "VLLM_CPU_INT4_W4A8": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
     monkeypatch.setattr(build, "cores", lambda count: None)
     assert build.variables(1)["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"

@@ -45,7 +45,13 @@ if TYPE_CHECKING:
 
 GROUPS = (0, 32, 64, 128)
 """Group sizes that Marlin has kernels for; 0 is per channel."""
-ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+"""Nothing is reported, and its processes speak with each other on loopback alone."""
 
 
 @dataclass
@@ -139,7 +145,9 @@ class Vllm(Engine):
         if grid.bits != 4:
             return Support(reason=f"vLLM has kernels for 4-bit weights on CPUs: bits must be 4, got {grid.bits}")
         if grid.group_size % 2:
-            return Support(reason=f"vLLM's kernel for CPUs has groups of an even size, got group_size {grid.group_size}")
+            return Support(
+                reason=f"vLLM's kernel for CPUs has groups of an even size, got group_size {grid.group_size}"
+            )
         reason = fits(shape)
         return Support(reason=reason) if reason else Support(native_format=grid.words)
 

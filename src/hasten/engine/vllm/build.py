@@ -51,7 +51,8 @@ def variables(threads: int) -> dict[str, str]:
     """A thread on each of the first `threads` cores that a trial is confined to. No kernel rounds activations."""
     bound = cores(threads)
     binding = "nobind" if bound is None else ",".join(map(str, bound))
-    return {"VLLM_CPU_OMP_THREADS_BIND": binding, "OMP_NUM_THREADS": str(threads), "VLLM_CPU_INT4_W4A8": "0"}
+    threading = {"VLLM_CPU_OMP_THREADS_BIND": binding, "OMP_NUM_THREADS": str(threads)}
+    return {**threading, "VLLM_CPU_INT4_W4A8": "0", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def pages(slots: int, context: int) -> int:
