@@ -1,4 +1,6 @@
-"""The most memory that this process and those it started held at once: physical memory (resident set size), of which no page is left out.
+"""The most memory that this process, and those it started, held at once.
+
+That is physical memory (resident set size), of which no page is left out.
 
 Linux keeps the high-water mark as `VmHWM` in /proc/self/status and lets a process reset it (proc(5),
 `clear_refs` value 5). `ru_maxrss` is the fallback elsewhere; it cannot be reset and, on Linux, starts

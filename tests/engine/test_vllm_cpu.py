@@ -1,4 +1,4 @@
-"""vLLM on a CPU: what it is told there, and, where its build for CPUs is installed, the real one with 4-bit integers."""
+"""vLLM on a CPU: what it is told there, and where its build for CPUs is installed the real one, with 4-bit integers."""
 
 from __future__ import annotations
 

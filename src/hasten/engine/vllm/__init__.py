@@ -3,8 +3,9 @@
 Its scheduler joins requests into passes as they come and go, and keeps keys and values in pages, so that memory holds
 what is used and not what might be. A variant is read as it is: compressed-tensors is vLLM's own layout, and
 `pack-quantized` integers of 4 and 8 bits are repacked for its Marlin and Machete kernels (Frantar et al. 2024,
-arXiv:2408.11743), which multiply with 16-bit activations; its kernel for CPUs takes 4 bits. Token ids go in and come out; no tokenizer is loaded, no
-prefix of an earlier prompt is remembered (a prefill is always a real one), no sampling default is read from the model.
+arXiv:2408.11743), which multiply with 16-bit activations; its kernel for CPUs takes 4 bits. Token ids go in and come
+out; no tokenizer is loaded, no prefix of an earlier prompt is remembered (a prefill is always a real one), no sampling
+default is read from the model.
 
     python pipelines/evaluate.py engine=vllm variant=int4 engine.slots=64
     python pipelines/evaluate.py engine=vllm variant=int4 'engine.devices=[cpu]'
@@ -81,7 +82,8 @@ class Vllm(Engine):
         known = self.on_cpu or all(re.fullmatch(r"cuda:\d+", device) for device in self.devices)
         if not self.devices or not known or len(set(self.devices)) < len(self.devices):
             raise UserError(
-                f"engine.devices must be different CUDA devices ([cuda:0, cuda:1]) or [cpu] for vllm, got {self.devices}"
+                "engine.devices must be different CUDA devices ([cuda:0, cuda:1]) or [cpu] for vllm, got "
+                f"{self.devices}"
             )
         if (len(self.devices) > 1) != (self.parallel is not Parallel.none):
             raise UserError(
