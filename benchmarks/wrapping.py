@@ -85,7 +85,6 @@ class Genai:
     def __init__(self, gguf: Path, attention: str, properties: dict[str, Any]) -> None:
         import openvino_genai
 
-        self.library: Any = openvino_genai
         tokenizer, plan = speechless(gguf.parent), openvino_genai.SchedulerConfig()
         plan.cache_size, plan.max_num_seqs, plan.max_num_batched_tokens = 1, USERS, 4096  # GiB, sequences, tokens
         plan.enable_prefix_caching = False
@@ -100,7 +99,9 @@ class Genai:
         return openvino.Tensor(np.array([prompt], np.int64))
 
     def asked(self, count: int) -> Any:
-        return self.library.GenerationConfig(max_new_tokens=count, ignore_eos=True)
+        import openvino_genai
+
+        return openvino_genai.GenerationConfig(max_new_tokens=count, ignore_eos=True)
 
     def first(self, ids: tuple[int, ...]) -> float:
         """Seconds until the first token."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -30,10 +31,11 @@ def reset_peak() -> bool:
     """Start the high-water mark anew at what is held now; False where the system does not allow it."""
     try:
         CLEAR_REFS.write_text("5")
-        for pid in started():
-            (PROC / f"{pid}/clear_refs").write_text("5")
     except OSError:
         return False
+    for pid in started():
+        with suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            (PROC / f"{pid}/clear_refs").write_text("5")
     return True
 
 
