@@ -42,7 +42,8 @@ class Kind(Enum):
 
 @dataclass
 class StandIn:
-    """An engine that answers a prompt with its last id + 1, + 2, ...; `slow` ids say nothing until they are aborted."""
+    """An engine that answers a prompt with its last id + 1, + 2, ...; after 299 it says nothing until it is
+    aborted, and after 298 it writes slowly."""
 
     arguments: dict[str, Any]
     asked: list[tuple[list[int], dict[str, Any], str]] = field(default_factory=list)
@@ -59,7 +60,7 @@ class StandIn:
             if given[-1] == 299:
                 await asyncio.Event().wait()
             for number in range(1, options["max_tokens"] + 1 - self.early):
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0.1 if given[-1] == 298 else 0.001)
                 id_ = given[-1] + number
                 logprobs = None if options["logprobs"] is None else [{id_: SimpleNamespace(logprob=self.logprob)}]
                 yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[id_], logprobs=logprobs)])
@@ -188,14 +189,14 @@ def test_a_cancelled_request_is_aborted_also_while_nothing_comes(
 ) -> None:
     with opened(variant, tmp_path, slots=3) as session:
         silent = session.submit(Request(0, (299,), 4))
-        running = session.submit(Request(1, (5,), 200))
-        assert next(running).id == 6
+        running = session.submit(Request(1, (298,), 200))
+        assert next(running).id == 299
         running.close()
         silent.close()
         assert list(running) == list(silent) == []
         assert ids(session.submit(Request(2, (9,), 3))) == [10, 11, 12]
         names = {tuple(given): name for given, _, name in stand_in[0].asked}
-        assert {names[299,], names[5,]} == set(stand_in[0].aborted)
+        assert {names[299,], names[298,]} == set(stand_in[0].aborted)
         left = session.submit(Request(3, (299,), 4))
     assert list(left) == []  # closing the session cancels what is left
     with pytest.raises(RuntimeError, match="the session is closed"):
