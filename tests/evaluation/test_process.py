@@ -126,22 +126,25 @@ if os.fork() == 0:
     assert sum(shared[::4096]) > 0
     os.write(answers, b'{"a": 1}\\n')
     time.sleep(60)
-time.sleep(1)
+sys.stdin.buffer.read(1)
 """
     with python(monkeypatch, code, Limits(20.0, 400 * 2**20)) as child:
         deadline = time.monotonic() + 20
         assert child.receive(deadline) == {"a": 1}
+        wait_until(lambda: child.look_after() or child.peak_bytes > 500 * 2**20)
+        child.send("end")
         with pytest.raises(EndedError, match="exit code 0"):
             child.receive(deadline)
-        assert child.peak_bytes > 500 * 2**20
 
 
 def test_descendants_count_towards_the_limit(monkeypatch):
     code = """
 import subprocess
-hold = "import time; held = b'x' * 150 * 2**20; time.sleep(60)"
-started = [subprocess.Popen([sys.executable, "-c", hold], start_new_session=True) for _ in range(2)]
+hold = "import sys, time; sys.stdin.read(); held = b'x' * 150 * 2**20; time.sleep(60)"
+started = [subprocess.Popen([sys.executable, "-c", hold], stdin=-1, start_new_session=True) for _ in range(2)]
 os.write(answers, b'{"pids": [%d, %d]}\\n' % tuple(one.pid for one in started))
+for one in started:
+    one.stdin.close()
 time.sleep(60)
 """
     with python(monkeypatch, code, Limits(20.0, 200 * 2**20)) as child:
