@@ -164,22 +164,25 @@ def test_work_of_a_child_that_has_ended_is_own():
 @needs_proc
 def test_a_grandchild_whose_parent_ended_still_counts():
     """It has another parent now, but the reading before knew it."""
-    script = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {BURN.format(0.4)!r}])\ninput()"
+    script = f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {BURN.format(60)!r}])\ninput()"
     child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE)
     deadline = time.monotonic() + 20
     while len(family(PROC, child.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     before = read({0})
     (orphan,) = family(PROC, child.pid) - {child.pid}
-    assert child.stdin is not None
-    child.stdin.close()
-    child.wait()
-    while contention.cpu_clock(orphan) is not None and time.monotonic() < deadline:
-        after = read({0}, known=before.own)
-        if orphan in after.own and own_seconds(before, after) > 0.2:
-            return
-        time.sleep(0.01)
-    pytest.fail("the orphan's time was not counted")
+    try:
+        assert child.stdin is not None
+        child.stdin.close()
+        child.wait()
+        while contention.cpu_clock(orphan) is not None and time.monotonic() < deadline:
+            after = read({0}, known=before.own)
+            if orphan in after.own and own_seconds(before, after) > 0.2:
+                return
+            time.sleep(0.01)
+        pytest.fail("the orphan's time was not counted")
+    finally:
+        os.kill(orphan, 9)
 
 
 @needs_proc
