@@ -32,6 +32,13 @@ def count_up(request: Request) -> list[int]:
     return [first, min(request.stop)] if request.stop else [first] * request.max_tokens
 
 
+def hold(request: Request | None = None) -> list[int]:
+    """Takes 1 GiB, and keeps it until somebody comes."""
+    held = [bytearray(b"x" * 2**24) for _ in range(64)]
+    time.sleep(600)
+    return [len(held)]
+
+
 @dataclass
 class FakeSession(Session):
     """Streams `reply(request)` in real time. requests: what it was asked, in order."""
@@ -104,10 +111,9 @@ class FakeEngine(Engine):
             case "hang_in_request":
                 session.reply = lambda request: time.sleep(600) or []
             case "allocate":
-                held = [bytearray(b"x" * 2**24) for _ in range(2**10)]  # 16 GiB if nobody stops it
-                session.kernel = str(len(held))
+                hold()
             case "allocate_in_request":
-                session.reply = lambda request: [len(bytearray(b"x" * 2**30))]
+                session.reply = hold
             case "exit_in_request":
                 session.reply = lambda request: os._exit(7)
             case "chatter":

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from hasten.evaluation import process
 from hasten.evaluation.trial import Job
 from hasten.scenario.qa import Qa
 from hasten.task.base import Item
@@ -58,6 +63,20 @@ def wait_until(condition: Callable[[], object], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
+
+
+@contextmanager
+def time_is_up_when(condition: Callable[[], object]) -> Iterator[None]:
+    """The time of whatever is waited for is up when it has come that far, however long that takes."""
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + (1e6 if condition() else 0.0), sleep=time.sleep)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "time", clock)
+        yield
+
+
+def at_it(doing: str) -> bool:
+    """Whether a child said that it does that."""
+    return any(child.doing == doing for child in process.LIVING.values())
 
 
 def alive(pid: int) -> bool:
