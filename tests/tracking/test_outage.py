@@ -62,7 +62,7 @@ class Store:
 
     def take(self, action: Callable[[], Any]) -> None:
         self.calls += 1
-        self.answers.wait(20)
+        self.answers.wait(60)
         trouble = next(self.trouble, "")
         if trouble == "refused":
             raise RefusedError("not such a name")
@@ -197,8 +197,8 @@ def test_a_store_that_hangs_holds_up_neither_the_work_nor_its_end_for_long(
         ended = time.perf_counter() - began - worked
     finally:
         store.answers.set()
-    assert worked < 1
-    assert 0.2 <= ended < 2
+    assert worked < 5  # not one minute, for which the store hangs, nor one for each figure
+    assert 0.2 <= ended < 5
     assert capsys.readouterr().err == "MLflow lacks part of this run; `make publish` sends it again\n"
     assert len(read_json(RECORD)["curves"]["loss"]) == 200
 
@@ -210,7 +210,7 @@ def test_the_end_of_a_run_tries_once_more_and_does_not_wait_for_a_store_that_say
         store.trouble = itertools.repeat("fails")
         run.metrics({"loss": 1.0}, 1)
         began = time.perf_counter()
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < mirror.GRACE_SECONDS["FINISHED"] / 4
     assert capsys.readouterr().err.splitlines() == [
         "MLflow does not answer (nobody is there); figures are kept and sent later",
         "MLflow lacks part of this run; `make publish` sends it again",
@@ -227,13 +227,15 @@ def test_figures_are_sent_now_and_then_not_one_by_one(monkeypatch: pytest.Monkey
     made = Store()
     run = Run(record(), opened(made))
     began = time.perf_counter()
-    for step in range(1, 61):
+    for step in range(1, 2001):
         run.metrics({"loss": 1 / step}, step)
         time.sleep(0.01)
-    elapsed = time.perf_counter() - began
-    assert 1 <= made.calls <= 2 + elapsed / 0.2
+        if step >= 60 and made.calls:
+            break
+    calls, elapsed = made.calls, time.perf_counter() - began
+    assert 1 <= calls <= 2 + elapsed / 0.2
     run.send()
-    assert len(made.curve("loss")) == 60
+    assert len(made.curve("loss")) == step
 
 
 def test_what_a_store_refuses_is_left_out_said_once_and_holds_up_nothing(
