@@ -152,9 +152,8 @@ def test_a_prompt_is_computed_again_every_time(loaded):
 @pytest.fixture
 def held(monkeypatch):
     """Long requests do not go on behind their first token until they are cancelled."""
-    receive = LlamacppFlight.receive
 
-    def hold(flight, chunk):
+    def hold(flight, chunk, receive=LlamacppFlight.receive):
         end = time.monotonic() + (30 if flight.count and flight.request.max_tokens == 250 else 0)
         while not flight.cancelled and time.monotonic() < end:
             time.sleep(0.001)
@@ -178,6 +177,7 @@ def test_closing_a_stream_cancels_its_request(loaded, held):
 def test_dropping_a_stream_cancels_its_request(loaded, held):
     stream = loaded.submit(Request(1, prompt(4), 250))
     flight = stream._flight
+    next(stream)
     del stream
     gc.collect()
     assert flight.finished.wait(20)
