@@ -35,6 +35,7 @@ from hasten.config import discover
 from hasten.model.config import ModelConfig
 from hasten.model.cost import Cost
 from hasten.model.cost_report import composed
+from hasten.model.grid import ROWS
 from hasten.peak import STATUS, peak_bytes, reset_peak
 
 ROW = "{:>12} {:>8} {:>8} {:>10} {:>8} {:>8} {:>8} {:>8} {:>11}"
@@ -58,13 +59,14 @@ def passing(config: ModelConfig, length: int) -> float:
 
 
 def mixing(config: ModelConfig, method: Any, length: int) -> float:
-    """What `mixed` measures with: every matrix's integers, and their scales, by candidate; two distributions over the
-    vocabulary for each token of 8 rows.
+    """What `mixed` measures with: every matrix's scales by candidate; for two rows of text the states before each block
+    and the distributions over the vocabulary, for 64 tokens two more; rows of the head while they are rounded.
     """
     cost = Cost(config)
-    weights = cost.block_parameters + cost.head.weights
-    integers = len(method.integral) * weights * (1 + 4 / method.group_size)
-    return integers + 2 * 8 * (length - 1) * config.vocab_size * 4
+    scales = len(method.integral) * (cost.block_parameters + cost.head.weights) / method.group_size * 2
+    states = 2 * length * (config.layers + 1) * config.hidden_size * 4
+    distributions = (2 * (length - 1) + 2 * 64) * config.vocab_size * 4
+    return scales + states + distributions + ROWS * config.hidden_size * 4
 
 
 WORK: dict[str, Callable[[ModelConfig, Any, int], float]] = {

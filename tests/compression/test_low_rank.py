@@ -22,7 +22,7 @@ from hasten.compression.make import make_variant
 from hasten.compression.mixed import Mixed
 from hasten.compression.qat import Qat
 from hasten.compression.rtn import Rtn
-from hasten.compression.shared.truncation import cut, square_root
+from hasten.compression.shared.truncation import Seen, cut
 from hasten.compression.smoothquant import Smoothquant
 from hasten.compression.wanda import Wanda
 from hasten.compression.width import Width
@@ -70,9 +70,9 @@ def thin(tmp_path_factory: pytest.TempPathFactory) -> Variant:
 def test_a_cut_loses_what_eckart_and_young_say_is_the_least(rows: int, columns: int, tokens: int) -> None:
     weight, x = random(rows, columns), random(tokens, columns, seed=1) * torch.logspace(0, -2, columns)
     least = torch.linalg.svdvals(x @ weight.T).square()  # of the outputs themselves
-    root = square_root(x.T @ x)
+    seen = Seen(x.T @ x)
     for rank in range(1, min(rows, columns) + 1):
-        outer, inner, lost = cut(weight, root, rank)
+        outer, inner, lost = cut(weight, seen, rank)
         assert outer.shape == (rows, rank) and inner.shape == (rank, columns)
         error = float((x @ (weight - outer @ inner).T).square().sum())
         assert error == pytest.approx(float(least[rank:].sum()), rel=1e-6, abs=1e-9)

@@ -62,6 +62,8 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Check
         ("fp8", HEAD_BYTES),
         ("magnitude", BLOCK_BYTES),
         ("gptq", HEAD_BYTES + 3 * GRAM_BYTES),
+        ("sparsegpt", GRAM_BYTES),  # of three: the embedding is given back meanwhile
+        ("mixed", HEAD_BYTES),
     ],
 )
 def test_a_method_holds_its_parent_and_a_layer(

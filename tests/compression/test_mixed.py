@@ -15,6 +15,7 @@ from hasten.compression.gptq import Gptq
 from hasten.compression.make import make_variant
 from hasten.compression.mixed import Mixed, Rounding, cheapest
 from hasten.compression.rtn import Rtn
+from hasten.compression.shared import sensitivity
 from hasten.compression.shared.layerwise import groups
 from hasten.compression.shared.quantiser import Scale, nearest_scale
 from hasten.engine.base import Request
@@ -185,13 +186,16 @@ def test_the_same_text_makes_the_same_bytes(parent: Variant, tmp_path: Path) -> 
     assert first.hash == again.hash
 
 
-def test_it_needs_text_and_a_float_decoder_and_a_budget_that_holds_something(parent: Variant, tmp_path: Path) -> None:
+def test_it_needs_text_and_a_float_decoder_and_a_budget_that_holds_something(
+    parent: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=r"^mixed needs calibration text, got none$"):
         Mixed().compress(parent, None, 0)
     with pytest.raises(UserError, match=r"mixed needs a float parent, got .* which is quantised; quantise last"):
         Mixed().compress(made(parent, bits_per_weight=8.9), TEXT, 0)
     with pytest.raises(UserError, match=r"mixed is for decoders \(llama, .*\), got model_type 'hasten_lstm'"):
         Mixed().compress(write_variant(tmp_path / "lstm", lstm()), TEXT, 0)
+    monkeypatch.setattr(sensitivity, "divergences", None)  # what follows is refused before anything is measured
     words = r"compression\.bits_per_weight must be at least 4\.5 \(4 bits everywhere, and their scales\), got 4\.4"
     with pytest.raises(UserError, match=words):
         Mixed(bits_per_weight=4.4).compress(parent, TEXT, 0)

@@ -18,7 +18,6 @@ How the matrices are then rounded is another question (`rounding`): to nearest, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
@@ -33,14 +32,12 @@ if TYPE_CHECKING:
 
     from hasten.compression.shared.layerwise import Group
     from hasten.model.decoder import Decoder
-    from hasten.model.grid import Grids
+    from hasten.model.grid import Grid, Grids
 
 FLOAT = 16
 """The candidate that leaves floats, counted as engines hold them."""
 BITS = (4, 8, FLOAT)
 SCALE_BYTES = 2
-TOKENS = 64
-"""Tokens whose distributions are computed with at once."""
 
 
 class Rounding(Enum):
@@ -83,28 +80,22 @@ class Mixed(Compressor):
         """Measure, choose, round. Raises `UserError` on a quantised parent, another network, without text, or for a
         budget below that of the smallest candidate.
         """
-        from torch import nn
-
         from hasten.compression.shared.layerwise import groups
-        from hasten.model.grid import Grid, Grids, quantise
+        from hasten.compression.shared.sensitivity import divergences
+        from hasten.model.grid import Grid, Grids
 
         text, model = self.given(calibration), self.network(parent)
-        if self.head:
-            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach())  # to be replaced alone, if it is tied
         units, on = groups(model, head=self.head), {bits: Grid(bits, self.group_size) for bits in self.integral}
-        rounded: dict[int, dict[str, Integers]] = {bits: {} for bits in on}
-        for name, linear in ((name, one) for unit in units for name, one in zip(unit.names, unit.linears, strict=True)):
-            for bits, grid in on.items():
-                scale = chosen_scale(linear.weight.detach(), grid, self.scale)
-                rounded[bits][name] = quantise(linear.weight.detach(), scale, grid), scale
-        damages = divergences(model, text, units, rounded)
-        options = [
-            {bits: (self.size(unit, bits), damage.get(bits, 0.0)) for bits in self.candidates}
-            for unit, damage in zip(units, damages, strict=True)
-        ]
         weights = sum(linear.weight.numel() for unit in units for linear in unit.linears)
-        bits_of = cheapest(options, self.budget(options, weights))
-        taken = sum(option[bits][0] for option, bits in zip(options, bits_of, strict=True))
+        sizes = [{bits: self.size(unit, bits) for bits in self.candidates} for unit in units]
+        budget = self.budget(sizes, weights)
+        damages = divergences(model, text, units, {grid: self.scales(units, grid) for grid in on.values()})
+        options = [
+            {bits: (taken, damage.get(bits, 0.0)) for bits, taken in size.items()}
+            for size, damage in zip(sizes, damages, strict=True)
+        ]
+        bits_of = cheapest(options, budget)
+        taken = sum(size[bits] for size, bits in zip(sizes, bits_of, strict=True))
         notes = {
             "bits_per_weight": round(8 * taken / weights, 6),
             "divergence": {
@@ -114,13 +105,32 @@ class Mixed(Compressor):
         }
         chosen = {name: bits for unit, bits in zip(units, bits_of, strict=True) for name in unit.names}
         grids = Grids({name: on[bits] for name, bits in chosen.items() if bits in on})
-        integers = {f"{name}.weight": rounded[grid.bits][name] for name, grid in grids.by_name.items()}
-        del rounded, units  # of the rest nothing is needed
+        del units  # a block that is done can go
+        config, tensors = untied(self, parent, head=grids.covers("lm_head"))
         if self.rounding is Rounding.gptq:
-            integers.clear()
             integers = self.compensated(model, text, grids)
-        del model
-        return on_grid(grids, *untied(self, parent, head=grids.covers("lm_head")), integers, notes)
+            del model
+        else:
+            del model
+            integers = dict(self.nearest(tensors, grids))
+        return on_grid(grids, config, tensors, integers, notes)
+
+    def scales(self, units: Sequence[Group], grid: Grid) -> dict[str, Tensor]:
+        """Of every matrix by its name, (out, groups), as bfloat16, which holds them exactly."""
+        return {
+            name: chosen_scale(linear.weight.detach(), grid, self.scale).bfloat16()
+            for unit in units
+            for name, linear in zip(unit.names, unit.linears, strict=True)
+        }
+
+    def nearest(self, tensors: Mapping[str, Tensor], grids: Grids) -> Iterator[tuple[str, Integers]]:
+        """Each matrix that has a grid, by tensor name, rounded to nearest."""
+        from hasten.model.grid import quantise
+
+        for matrix, grid in grids.by_name.items():
+            weight = tensors[f"{matrix}.weight"]
+            scale = chosen_scale(weight, grid, self.scale)
+            yield f"{matrix}.weight", (quantise(weight, scale, grid), scale)
 
     @property
     def integral(self) -> list[int]:
@@ -134,9 +144,9 @@ class Mixed(Compressor):
         layout = Layout(bits) if bits == FLOAT else Layout(bits, SCALE_BYTES, self.group_size)
         return sum(layout.bytes_of(Matrix(*linear.weight.shape)) for linear in unit.linears)
 
-    def budget(self, options: Sequence[Mapping[int, tuple[int, float]]], weights: int) -> int:
+    def budget(self, sizes: Sequence[Mapping[int, int]], weights: int) -> int:
         """In bytes. Raises `UserError` if nothing fits it."""
-        budget, least = int(self.bits_per_weight * weights / 8), sum(option[min(option)][0] for option in options)
+        budget, least = int(self.bits_per_weight * weights / 8), sum(size[min(size)] for size in sizes)
         if budget < least:
             needed = f"{8 * least / weights:.6g} ({min(self.candidates)} bits everywhere, and their scales)"
             raise UserError(f"compression.bits_per_weight must be at least {needed}, got {self.bits_per_weight}")
@@ -150,86 +160,6 @@ class Mixed(Compressor):
         work = Compensating(grids, self.scale, damping=self.damping, act_order=True)
         walk(model, text, work, head=grids.covers("lm_head"), last=True)
         return work.integers
-
-
-def divergences(
-    model: Decoder, text: Calibration, units: Sequence[Group], rounded: Mapping[int, Mapping[str, Integers]]
-) -> list[dict[int, float]]:
-    """By how many nats per token predictions move if a unit alone is rounded, unit by unit and by bits.
-
-    What comes before a unit is computed once for all, so a pass is half a pass. In memory are the network, its integers
-    by candidate and, for 8 rows, the states before each block and two distributions for each token.
-    """
-    import torch
-
-    from hasten.compression.shared.layerwise import ROWS
-
-    places = {id(layer): place for place, layer in enumerate(model.model.layers)}
-    sums: list[dict[int, float]] = [dict.fromkeys(rounded, 0.0) for _ in units]
-    tokens = 0
-    with torch.no_grad():
-        for start in range(0, len(text.ids), ROWS):
-            rows = Rows(model, text, slice(start, start + ROWS))
-            before = rows.predictions(len(places))
-            tokens += len(before)
-            for unit, total in zip(units, sums, strict=True):
-                for bits, integers in rounded.items():
-                    with replaced(unit, integers):
-                        after = rows.predictions(places.get(id(unit.block), len(places)))
-                    total[bits] += divergence(before, after)
-                    del after  # before the next one
-    return [{bits: max(0.0, value / max(1, tokens)) for bits, value in total.items()} for total in sums]
-
-
-def divergence(before: Tensor, after: Tensor) -> float:
-    """The KL divergence of distributions, (tokens, vocabulary) log-probabilities, summed over tokens. Overwrites
-    `after`, so that there is no third matrix of this size.
-    """
-    import torch
-
-    for old, new in zip(before.split(TOKENS), after.split(TOKENS), strict=True):
-        torch.sub(old, new, out=new).mul_(old.exp())
-    return float(after.sum(dtype=torch.float64))
-
-
-class Rows:
-    """Some rows of text in a network: the states before each block and behind the last, (N, T, hidden)."""
-
-    def __init__(self, model: Decoder, text: Calibration, part: slice) -> None:
-        from hasten.compression.shared.layerwise import view
-
-        stack = self.stack = model.model
-        self.head, self.counts = model.lm_head, text.weights[part, 1:] > 0  # what predicts a token that counts
-        views = {slides: view(model, text, part, slides) for slides in set(stack.slides)}
-        self.blocks = [(block, views[slides]) for block, slides in zip(stack.layers, stack.slides, strict=True)]
-        self.states = [stack.embed(text.ids[part])]
-        for block, seen in self.blocks:
-            self.states.append(block(self.states[-1], seen, None))
-
-    def predictions(self, place: int) -> Tensor:
-        """Log-probabilities (tokens, vocabulary), with the blocks from `place` on as they are now."""
-        x = self.states[place]
-        for block, seen in self.blocks[place:]:
-            x = block(x, seen, None)
-        logits: Tensor = self.head(self.stack.norm(x)[:, :-1][self.counts])
-        for part in logits.split(TOKENS):
-            part.copy_(part.log_softmax(-1))
-        return logits
-
-
-@contextmanager
-def replaced(unit: Group, integers: Mapping[str, Integers]) -> Iterator[None]:
-    """The unit's matrices as these integers, as long as this lasts."""
-    from hasten.model.grid import dequantise
-
-    kept = [linear.weight.data for linear in unit.linears]
-    for name, linear in zip(unit.names, unit.linears, strict=True):
-        linear.weight.data = dequantise(*integers[name])
-    try:
-        yield
-    finally:
-        for linear, weight in zip(unit.linears, kept, strict=True):
-            linear.weight.data = weight
 
 
 def cheapest(options: Sequence[Mapping[int, tuple[int, float]]], budget: int) -> list[int]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hasten.compression.base import Calibration
-from hasten.compression.shared.layerwise import Group, Treatment, groups, walk
+from hasten.compression.shared.layerwise import Group, Keeping, Treatment, groups, walk
 from hasten.model.decoder import Decoder
 from tests.compression.texts import text
 from tests.tiny import GEMMA, decoder, shape
@@ -84,12 +84,23 @@ def test_a_pass_ends_where_the_inputs_are_reached() -> None:
     assert len(calls) == len(model.model.layers)  # the pass after the last group alone
 
 
-def test_a_network_that_nobody_needs_afterwards_gives_its_blocks_back() -> None:
+def test_a_network_that_nobody_needs_afterwards_is_given_back() -> None:
     calibration, seen = text(), []
     for last in (False, True):
         model, recorder = decoder(SHAPES["llama"]), Recorder(ruin=True)
         walk(model, calibration, recorder, head=True, last=last)
         assert all(weight.is_meta is last for weight in model.model.layers.parameters())
-        assert not model.lm_head.weight.is_meta
+        assert model.model.embed_tokens.weight.is_meta is last
+        assert not model.lm_head.weight.is_meta  # tied or not, it was treated last
         seen.append(recorder.seen)
     assert all(torch.equal(value, seen[1][name]) for name, value in seen[0].items())
+    walk(model := decoder(SHAPES["llama"]), calibration, Recorder(), last=True)
+    assert model.lm_head.weight.is_meta  # nobody asked for it
+
+
+def test_what_became_of_the_matrices_outlives_the_network() -> None:
+    ruined, kept = decoder(SHAPES["llama"]), Keeping(Recorder(ruin=True))
+    expected = {name: value / 2 for name, value in ruined.state_dict().items() if name.endswith("_proj.weight")}
+    walk(ruined, text(), kept, last=True)
+    assert kept.weights.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in kept.weights.items())

@@ -89,7 +89,7 @@ def compensated(weight: Tensor, scale: Tensor, factor: Tensor, order: Tensor, gr
             rounded = (left[j] / step).round().clamp(grid.lowest, grid.highest)
             errors[j - start] = (left[j] - rounded * step) / factor[j, j]
             q[j] = rounded
-            left[j:end] -= factor[j, j:end, None] * errors[j - start]
+            left[j:end].addr_(factor[j, j:end], errors[j - start], alpha=-1)
         left[end:] -= factor[start:end, end:].T @ errors
     result = torch.empty_like(q)
     result[order] = q

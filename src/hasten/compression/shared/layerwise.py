@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -55,6 +55,22 @@ class Treatment(ABC):
     @abstractmethod
     def treat(self, group: Group) -> None:
         """Change the weights in place, and forget what was seen."""
+
+
+@dataclass
+class Keeping(Treatment):
+    """Another treatment, and what it made of each matrix, by tensor name: that outlives the network."""
+
+    treatment: Treatment
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def see(self, x: Tensor) -> None:
+        self.treatment.see(x)
+
+    def treat(self, group: Group) -> None:
+        self.treatment.treat(group)
+        for name, linear in zip(group.names, group.linears, strict=True):
+            self.weights[f"{name}.weight"] = linear.weight.detach()
 
 
 @dataclass
@@ -129,11 +145,15 @@ def walk(
 ) -> None:
     """Show every group its inputs and treat it, block by block; the head at last, if it is asked for.
 
-    last: nobody needs the network afterwards, so the memory of a block that is done is given back.
+    last: nobody needs the network afterwards, so what is done is given back: each block, embedding and head.
     """
     rows = [slice(start, start + ROWS) for start in range(0, len(calibration.ids), ROWS)]
     real = calibration.documents >= 0  # (N, T)
     states = torch.cat([model.model.embed(calibration.ids[part]) for part in rows])  # (N, T, hidden)
+    if last:
+        model.model.embed_tokens.to("meta")  # one that is tied to the head stays as long as that does
+        if not head:
+            model.lm_head.to("meta")
     by_block: dict[int, list[Group]] = {}
     for group in groups(model, head=False):
         by_block.setdefault(id(group.block), []).append(group)

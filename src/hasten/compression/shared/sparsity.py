@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from hasten.artifacts import Checkpoint
-from hasten.compression.base import Calibration, Compressed, Compressor, like_parent
+from hasten.compression.base import Calibration, Compressed, Compressor
 from hasten.errors import UserError, one_of
 
 if TYPE_CHECKING:
@@ -68,12 +68,17 @@ class Observant(Sparsifier):
 
     def compress(self, parent: Checkpoint, calibration: Calibration | None, seed: int) -> Compressed:
         """Set weights to zero. Raises `UserError` on a quantised parent or another network than a decoder."""
-        from hasten.compression.shared.layerwise import walk
+        from hasten.compression.shared.layerwise import Keeping, walk
 
         text, model = self.given(calibration), self.network(parent)
         self.refuse_widths(model.state_dict())
-        walk(model, text, self.treatment())
-        tensors = like_parent(model, parent)
+        stored, work = parent.stored(), Keeping(self.treatment())
+        walk(model, text, work, last=True)
+        del model  # what was not looked at comes from the parent's file
+        tensors = {
+            name: work.weights.pop(name).to(place.dtype) if name in work.weights else stored[name]
+            for name, place in stored.places.items()
+        }
         return Compressed(dict(parent.config), tensors, None, zeros(tensors))
 
     @abstractmethod

@@ -41,7 +41,7 @@ def operated(weight: Tensor, factor: Tensor, options: Sparsegpt) -> Tensor:
                 costs = cost(weight, factor, slice(start, end))
                 gone = options.smallest(costs.reshape(1, -1)).view(costs.shape)  # compared over the whole block
             error = torch.where(gone[:, j - start], weight[:, j] / factor[j, j], 0)
-            weight[:, j:end] -= error[:, None] * factor[j, j:end]
+            weight[:, j:end].addr_(error, factor[j, j:end], alpha=-1)
             weight[:, j].masked_fill_(gone[:, j - start], 0)
             errors[:, j - start] = error
         weight[:, end:] -= errors @ factor[start:end, end:]

@@ -2,9 +2,13 @@
 
 With G = X^T X = R R^T, R symmetric, the squared length of X D^T is that of D R, whatever the matrix D. So the best U V
 for X is the best for W R read backwards, and what a rank loses is the sum of the squared singular values beyond it.
+They are the eigenvalues of W G W^T, or of (W R)^T W R where that is smaller: a matrix's shorter side is all that is
+solved for.
 """
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,9 +27,9 @@ class Spectra(Summing):
         named = [pair for pair in zip(group.names, group.linears, strict=True) if pair[0] in self.names]
         if not named:
             return
-        root = square_root(inputs.gram)
+        seen = Seen(inputs.gram)
         for name, linear in named:
-            self.energies[name] = torch.linalg.svdvals(linear.weight.double() @ root).square()
+            self.energies[name] = spectrum(linear.weight.double(), seen)[0]
 
 
 class Cutting(Summing):
@@ -40,23 +44,45 @@ class Cutting(Summing):
         named = [pair for pair in zip(group.names, group.linears, strict=True) if pair[0] in self.ranks]
         if not named:
             return
-        root = square_root(inputs.gram)
+        seen = Seen(inputs.gram)
         for name, linear in named:
-            outer, inner, lost = cut(linear.weight.double(), root, self.ranks[name])
+            outer, inner, lost = cut(linear.weight.double(), seen, self.ranks[name])
             self.factors[name], self.errors[name] = (outer.float(), inner.float()), round(lost, 6)
             linear.weight.copy_(outer @ inner)
 
 
-def square_root(gram: Tensor) -> Tensor:
-    """R with R R = G, for G (in, in) symmetric and without negative directions but for rounding."""
-    values, vectors = torch.linalg.eigh(gram)
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root
+class Seen:
+    """What a group was given: gram, G (in, in), symmetric and without negative directions but for rounding."""
+
+    def __init__(self, gram: Tensor) -> None:
+        self.gram = gram
+
+    @cached_property
+    def root(self) -> Tensor:
+        """R with R R = G."""
+        values, vectors = torch.linalg.eigh(self.gram)
+        root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        return root
 
 
-def cut(weight: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+def spectrum(weight: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+    """Squared singular values of W R, falling, (k,), and what they belong to, (out, k), each column scaled in its own
+    way; k is the smaller of out and in.
+    """
+    if len(weight) <= weight.shape[1]:
+        values, vectors = torch.linalg.eigh(weight @ seen.gram @ weight.T)
+    else:
+        product = weight @ seen.root
+        values, vectors = torch.linalg.eigh(product.T @ product)
+        vectors = product @ vectors
+    return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
+def cut(weight: Tensor, seen: Seen, rank: int) -> tuple[Tensor, Tensor, float]:
     """U (out, r), V (r, in) and the share of ||W R||^2 that W - U V loses."""
-    left, values, _ = torch.linalg.svd(weight @ root, full_matrices=False)
-    outer, energy = left[:, :rank].contiguous(), values.square()
+    energy, directions = spectrum(weight, seen)
+    outer = torch.linalg.qr(
+        directions[:, :rank]
+    ).Q.contiguous()  # of length one, and apart even where nothing is left to say
     whole = float(energy.sum())
     return outer, outer.T @ weight, float(energy[rank:].sum()) / whole if whole else 0.0
