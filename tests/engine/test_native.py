@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from hasten.artifacts import Variant
 from hasten.compression.rtn import Rtn
-from hasten.engine.base import Dtype, Request
+from hasten.engine.base import Dtype, Request, Token
 from hasten.engine.native import Native, NativeSession
 from hasten.engine.native import build as kernels
 from hasten.errors import UserError
@@ -159,3 +160,43 @@ def test_a_compiler_that_is_missing_or_fails_is_one_sentence(tmp_path: Path, mon
 def test_options_are_checked_at_the_door(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         Native(**options)
+
+
+def test_closing_waits_for_a_reader_that_is_in_the_server(tmp_path: Path, cache: Path) -> None:
+    """A server that is freed under a reader would be read all the same."""
+    order: list[str] = []
+    tokens: list[Token] = []
+    entered, leave = threading.Event(), threading.Event()
+    engine = Native(**EXACT).load(llama.variant(tmp_path / "v", llama.shape()), cache)
+    functions = engine.functions
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(functions, name)
+
+        def hasten_poll(self, *arguments: Any) -> Any:
+            entered.set()
+            assert leave.wait(60)
+            order.append("read")
+            return functions.hasten_poll(*arguments)
+
+        def hasten_close(self, server: Any) -> None:
+            order.append("closed")
+            functions.hasten_close(server)
+
+    engine.functions = Watched()
+    stream = engine.submit(Request(0, prompt(4), 250))
+    reader = threading.Thread(target=lambda: tokens.extend(stream))
+    closer = threading.Thread(target=engine.close)
+    reader.start()
+    assert entered.wait(60)
+    closer.start()
+    closer.join(0.3)
+    assert closer.is_alive() and not order
+    leave.set()
+    for thread in (reader, closer):
+        thread.join(60)
+        assert not thread.is_alive()
+    assert order == ["read", "closed"]
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(Request(1, prompt(4), 1))

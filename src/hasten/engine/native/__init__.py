@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -233,6 +234,7 @@ class NativeSession(Session):
         self.config, self.context, self.functions = loaded.config, loaded.context, functions
         self._loaded = [one for one in (loaded, draft) if one]
         self._server = functions.hasten_open(*(ctypes.byref(one.shape) for one in self._loaded), *[None] * (not draft))
+        self._gate, self._inside = threading.Condition(), 0  # threads that are in the server
         if not self._server:
             raise MemoryError(f"native could not reserve a KV cache for {engine.slots} x {self.context} tokens")
         self.kernel = f"{native_format} ({functions.hasten_kernels().decode()})"
@@ -246,18 +248,27 @@ class NativeSession(Session):
 
         Raises `UserError` for ids outside the vocabulary and for more tokens than the context holds.
         """
-        if self._server is None:
-            raise RuntimeError("the session is closed")
         request.check(self.context, self.config.vocab_size)
         prompt, stops = ((ctypes.c_int32 * len(ids))(*ids) for ids in (request.prompt, request.stop))
         sampling = (request.temperature, request.top_p, request.seed)
         arguments = (prompt, len(prompt), request.max_tokens, stops, len(stops), *sampling)
-        handle = self.functions.hasten_submit(self._server, *arguments)
+        handle = self.call("submit", *arguments)
+        if handle is None:
+            raise RuntimeError("the session is closed")
         return Stream(self, request, handle)
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """A function of the server, which does nothing once the session is closed."""
-        return getattr(self.functions, f"hasten_{name}")(self._server, *arguments) if self._server else None
+        """A function of the server, which does nothing once the session is closed. Any thread may call."""
+        with self._gate:
+            if not self._server:
+                return None
+            server, self._inside = self._server, self._inside + 1
+        try:
+            return getattr(self.functions, f"hasten_{name}")(server, *arguments)
+        finally:
+            with self._gate:
+                self._inside -= 1
+                self._gate.notify_all()
 
     def memory(self) -> dict[str, int | None]:
         """Of the variant and its draft."""
@@ -269,7 +280,9 @@ class NativeSession(Session):
         return guessed.value, right.value
 
     def close(self) -> None:
-        server, self._server = self._server, None
+        with self._gate:
+            server, self._server = self._server, None
+            self._gate.wait_for(lambda: not self._inside)  # nobody waits there for long
         if server:
             self.functions.hasten_close(server)
 
