@@ -74,7 +74,7 @@ WORK: dict[str, Callable[[ModelConfig, Any, int], float]] = {
     "awq": lambda config, method, length: matrices(config, 1.5),
     "gptq": lambda config, method, length: matrices(config, 3),  # X^T X, a Cholesky factor, its inverse
     "sparsegpt": lambda config, method, length: matrices(config, 3),
-    "low_rank": lambda config, method, length: matrices(config, 4),  # X^T X, eigenvectors, what LAPACK works with
+    "low_rank": lambda config, method, length: matrices(config, 1.5),  # it solves for a shorter side
     "mixed": mixing,
 }
 

@@ -81,8 +81,7 @@ def spectrum(weight: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
 def cut(weight: Tensor, seen: Seen, rank: int) -> tuple[Tensor, Tensor, float]:
     """U (out, r), V (r, in) and the share of ||W R||^2 that W - U V loses."""
     energy, directions = spectrum(weight, seen)
-    outer = torch.linalg.qr(
-        directions[:, :rank]
-    ).Q.contiguous()  # of length one, and apart even where nothing is left to say
+    # Columns of length one, at right angles even where nothing is left to say.
+    outer = torch.linalg.qr(directions[:, :rank]).Q.contiguous()
     whole = float(energy.sum())
     return outer, outer.T @ weight, float(energy[rank:].sum()) / whole if whole else 0.0
